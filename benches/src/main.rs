@@ -1,0 +1,2 @@
+//! Latency and memory of boot, freeze, fork and run.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Run every container as its own lightweight VM.
+fn main() {}

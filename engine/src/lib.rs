@@ -1,0 +1,1 @@
+//! Containers as clones: store, templates, runs.

@@ -1,0 +1,347 @@
+//! The agent's messages on the control connection.
+//!
+//! The connection is a byte stream in each direction (a virtio-console port). A frame is an 8-byte header (kind `u8`,
+//! three zero bytes, payload length little-endian `u32`) and a payload of at most [`PAYLOAD_MAX`] bytes.
+//!
+//! Streams have credit, so that one that nobody reads never holds up another, a signal or the exit status: each
+//! direction of a stream starts with [`INITIAL_CREDIT`] bytes; a sender spends credit with each data frame, and the
+//! receiver gives it back with [`Frame::Credit`] once the bytes have left its hands.
+
+use serde::{Deserialize, Serialize};
+
+use crate::identity::ContainerSpec;
+
+/// Bytes of a frame before its payload.
+pub const HEADER_SIZE: usize = 8;
+/// Largest payload in bytes. `execve(2)` takes 2 MiB of arguments and environment at most; the rest is room for
+/// lengths.
+pub const PAYLOAD_MAX: usize = 4 << 20;
+/// Largest data payload that either side sends in one frame, in bytes.
+pub const DATA_MAX: usize = 32 << 10;
+/// Bytes that may be sent on a stream before the first [`Frame::Credit`].
+pub const INITIAL_CREDIT: u32 = 256 << 10;
+
+/// A stream of the container's process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Stream {
+    /// Standard input, host to guest.
+    Stdin,
+    /// Standard output, guest to host.
+    Stdout,
+    /// Standard error, guest to host.
+    Stderr,
+}
+
+/// How the container's process ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ContainerExit {
+    /// It exited with this status, 0 to 255.
+    Code(u8),
+    /// This signal ended it.
+    Signal(u8),
+    /// It could not be started.
+    NotStarted(StartFailure),
+}
+
+/// Why a container's process could not be started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartFailure {
+    /// What was attempted, on what: `exec /bin/nothing`.
+    pub attempted: String,
+    /// The error number of the guest's kernel; 0 where it is not one.
+    pub errno: i32,
+    /// What happened, for people.
+    pub message: String,
+}
+
+impl ContainerExit {
+    /// The exit status that a shell would show: the code itself, 128 + signal, and for a process that could not be
+    /// started 127 (not found), 126 (found, but cannot be executed) or 125 (anything else), as Docker has it.
+    #[must_use]
+    pub fn shell_status(&self) -> u8 {
+        const ENOENT: i32 = 2;
+        const EACCES: i32 = 13;
+        const ENOEXEC: i32 = 8;
+        const EISDIR: i32 = 21;
+        const EPERM: i32 = 1;
+        match self {
+            Self::Code(code) => *code,
+            Self::Signal(signal) => signal.saturating_add(128),
+            Self::NotStarted(failure) if failure.attempted.starts_with("exec ") => match failure.errno {
+                ENOENT => 127,
+                EACCES | ENOEXEC | EISDIR | EPERM => 126,
+                _ => 125,
+            },
+            Self::NotStarted(_) => 125,
+        }
+    }
+}
+
+/// One message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// Host to guest, first frame, only if the identity had no container: what to run.
+    Spec(ContainerSpec),
+    /// Bytes of a stream, at most [`DATA_MAX`] as this crate sends them.
+    Data(Stream, Vec<u8>),
+    /// No more bytes will follow on this stream.
+    Close(Stream),
+    /// The receiver of this stream can take so many more bytes.
+    Credit(Stream, u32),
+    /// Host to guest: deliver this signal to the container's process group.
+    Signal(u8),
+    /// Guest to host, last frame: how the container ended. Every byte of its output was sent before.
+    Exit(ContainerExit),
+}
+
+/// Why bytes are not a frame. The connection is of no use after such an error.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FrameError {
+    /// Unknown kind.
+    #[error("unknown frame kind {0}")]
+    Kind(u8),
+    /// Reserved header bytes are not zero.
+    #[error("reserved bytes of a frame header are not zero")]
+    Reserved,
+    /// The payload is longer than allowed.
+    #[error("a frame of {0} bytes is longer than {PAYLOAD_MAX}")]
+    Length(u32),
+    /// The payload does not fit the kind.
+    #[error("the payload of a frame of kind {0} is malformed")]
+    Payload(u8),
+    /// The frame cannot be encoded: its payload is too large.
+    #[error("a payload of {0} bytes is longer than {PAYLOAD_MAX}")]
+    TooLarge(usize),
+}
+
+const SPEC: u8 = 1;
+const DATA: u8 = 2;
+const CLOSE: u8 = 5;
+const CREDIT: u8 = 8;
+const SIGNAL: u8 = 11;
+const EXIT: u8 = 12;
+
+fn stream_offset(stream: Stream) -> u8 {
+    match stream {
+        Stream::Stdin => 0,
+        Stream::Stdout => 1,
+        Stream::Stderr => 2,
+    }
+}
+
+fn stream_at(offset: u8) -> Stream {
+    match offset {
+        0 => Stream::Stdin,
+        1 => Stream::Stdout,
+        _ => Stream::Stderr,
+    }
+}
+
+impl Frame {
+    /// Appends the encoded frame to `out`.
+    ///
+    /// # Errors
+    /// [`FrameError::TooLarge`]; `out` is then unchanged.
+    pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        let (kind, payload) = match self {
+            Self::Spec(spec) => (
+                SPEC,
+                postcard::to_stdvec(spec).map_err(|_| FrameError::Payload(SPEC))?,
+            ),
+            Self::Data(stream, bytes) => return encode_data(*stream, bytes, out),
+            Self::Close(stream) => (CLOSE + stream_offset(*stream), Vec::new()),
+            Self::Credit(stream, bytes) => (CREDIT + stream_offset(*stream), bytes.to_le_bytes().to_vec()),
+            Self::Signal(signal) => (SIGNAL, vec![*signal]),
+            Self::Exit(exit) => (
+                EXIT,
+                postcard::to_stdvec(exit).map_err(|_| FrameError::Payload(EXIT))?,
+            ),
+        };
+        put(kind, &payload, out)
+    }
+
+    fn decode(kind: u8, payload: &[u8]) -> Result<Self, FrameError> {
+        let malformed = FrameError::Payload(kind);
+        match kind {
+            SPEC => postcard::from_bytes(payload)
+                .map(Self::Spec)
+                .map_err(|_| malformed),
+            DATA..CLOSE => Ok(Self::Data(stream_at(kind - DATA), payload.to_vec())),
+            CLOSE..CREDIT if payload.is_empty() => Ok(Self::Close(stream_at(kind - CLOSE))),
+            CREDIT..SIGNAL => match payload.try_into() {
+                Ok(bytes) => Ok(Self::Credit(stream_at(kind - CREDIT), u32::from_le_bytes(bytes))),
+                Err(_) => Err(malformed),
+            },
+            SIGNAL => match payload {
+                [signal] => Ok(Self::Signal(*signal)),
+                _ => Err(malformed),
+            },
+            EXIT => postcard::from_bytes(payload)
+                .map(Self::Exit)
+                .map_err(|_| malformed),
+            CLOSE..CREDIT => Err(malformed),
+            _ => Err(FrameError::Kind(kind)),
+        }
+    }
+}
+
+/// Appends a data frame to `out` without a copy of the bytes in between.
+///
+/// # Errors
+/// [`FrameError::TooLarge`]; `out` is then unchanged.
+pub fn encode_data(stream: Stream, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
+    put(DATA + stream_offset(stream), bytes, out)
+}
+
+fn put(kind: u8, payload: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
+    let length = u32::try_from(payload.len())
+        .ok()
+        .filter(|_| payload.len() <= PAYLOAD_MAX)
+        .ok_or(FrameError::TooLarge(payload.len()))?;
+    out.extend_from_slice(&[kind, 0, 0, 0]);
+    out.extend_from_slice(&length.to_le_bytes());
+    out.extend_from_slice(payload);
+    Ok(())
+}
+
+/// Cuts a byte stream into frames.
+#[derive(Debug, Default)]
+pub struct FrameDecoder {
+    buffer: Vec<u8>,
+    consumed: usize,
+}
+
+impl FrameDecoder {
+    /// Takes bytes as they came from the connection.
+    pub fn push(&mut self, bytes: &[u8]) {
+        if self.consumed > 0 {
+            self.buffer.drain(..self.consumed);
+            self.consumed = 0;
+        }
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next whole frame, or `None` until more bytes are there.
+    ///
+    /// # Errors
+    /// A [`FrameError`]; the decoder then stays at the bad frame and repeats the error.
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
+        let rest = self.buffer.get(self.consumed..).unwrap_or_default();
+        let Some((header, body)) = rest.split_first_chunk::<HEADER_SIZE>() else {
+            return Ok(None);
+        };
+        let [kind, r0, r1, r2, length @ ..] = *header;
+        if !(SPEC..=EXIT).contains(&kind) {
+            return Err(FrameError::Kind(kind));
+        }
+        if r0 | r1 | r2 != 0 {
+            return Err(FrameError::Reserved);
+        }
+        let length = u32::from_le_bytes(length);
+        if length as usize > PAYLOAD_MAX {
+            return Err(FrameError::Length(length));
+        }
+        let Some(payload) = body.get(..length as usize) else {
+            return Ok(None);
+        };
+        let frame = Frame::decode(kind, payload)?;
+        self.consumed = self.consumed.saturating_add(HEADER_SIZE + length as usize);
+        Ok(Some(frame))
+    }
+
+    /// Whether part of a frame has been received.
+    #[must_use]
+    pub fn is_mid_frame(&self) -> bool {
+        self.buffer.len() > self.consumed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn stream() -> impl Strategy<Value = Stream> {
+        prop_oneof![Just(Stream::Stdin), Just(Stream::Stdout), Just(Stream::Stderr)]
+    }
+
+    fn frame() -> impl Strategy<Value = Frame> {
+        let bytes = || prop::collection::vec(any::<u8>(), 0..40);
+        prop_oneof![
+            (stream(), bytes()).prop_map(|(s, b)| Frame::Data(s, b)),
+            stream().prop_map(Frame::Close),
+            (stream(), any::<u32>()).prop_map(|(s, n)| Frame::Credit(s, n)),
+            any::<u8>().prop_map(Frame::Signal),
+            any::<u8>().prop_map(|c| Frame::Exit(ContainerExit::Code(c))),
+            any::<u8>().prop_map(|c| Frame::Exit(ContainerExit::Signal(c))),
+            (bytes(), bytes(), bytes(), any::<bool>()).prop_map(|(a, e, cwd, stdin)| Frame::Spec(
+                ContainerSpec {
+                    args: vec![a],
+                    env: vec![e],
+                    cwd,
+                    user: Vec::new(),
+                    stdin,
+                }
+            )),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn frames_survive_any_cutting_of_the_stream(frames in prop::collection::vec(frame(), 0..8), cut in 1usize..30) {
+            let mut bytes = Vec::new();
+            for frame in &frames {
+                frame.encode(&mut bytes).unwrap();
+            }
+            let mut decoder = FrameDecoder::default();
+            let mut seen = Vec::new();
+            for piece in bytes.chunks(cut) {
+                decoder.push(piece);
+                while let Some(frame) = decoder.next_frame().unwrap() {
+                    seen.push(frame);
+                }
+            }
+            prop_assert_eq!(seen, frames);
+            prop_assert!(!decoder.is_mid_frame());
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic_and_errors_stay(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let mut decoder = FrameDecoder::default();
+            decoder.push(&bytes);
+            loop {
+                match decoder.next_frame() {
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(error) => {
+                        prop_assert_eq!(decoder.next_frame(), Err(error));
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_length_past_the_limit_is_refused_before_it_is_awaited() {
+        let mut decoder = FrameDecoder::default();
+        decoder.push(&[DATA, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        assert_eq!(decoder.next_frame(), Err(FrameError::Length(u32::MAX)));
+    }
+
+    #[test]
+    fn exit_statuses_are_those_of_a_shell() {
+        let not_started = |attempted: &str, errno| {
+            ContainerExit::NotStarted(StartFailure {
+                attempted: attempted.into(),
+                errno,
+                message: String::new(),
+            })
+        };
+        assert_eq!(ContainerExit::Code(7).shell_status(), 7);
+        assert_eq!(ContainerExit::Signal(9).shell_status(), 137);
+        assert_eq!(not_started("exec nothing", 2).shell_status(), 127);
+        assert_eq!(not_started("exec /etc", 13).shell_status(), 126);
+        assert_eq!(not_started("user nobody2", 2).shell_status(), 125);
+    }
+}

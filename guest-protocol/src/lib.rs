@@ -1,0 +1,25 @@
+//! What the host and a clone's `init` say to each other.
+//!
+//! Three parts, one module each, used by both sides so that they cannot drift apart:
+//!
+//! * [`trap`]: the registers of the freeze trap, the one MMIO page through which `init` tells the VMM that it is ready
+//!   to be cloned, where its identity is to be written, and that it is done;
+//! * [`identity`]: what makes a clone itself, written by the host into guest memory before the clone's first
+//!   instruction;
+//! * [`frame`]: the agent's messages on the control connection: streams, signals, exit status.
+//!
+//! Neither side trusts the other: every decoder here takes arbitrary bytes and answers with a value or an error.
+
+pub mod frame;
+pub mod identity;
+pub mod trap;
+
+pub use frame::{ContainerExit, Frame, FrameDecoder, FrameError, StartFailure, Stream};
+pub use identity::{ContainerSpec, Identity, IdentityError};
+
+/// Version of everything in this crate. A template made by another version is rebuilt, never reinterpreted.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Name of the virtio-console port that carries the control connection, as sysfs shows it in
+/// `/sys/class/virtio-ports/vportNpM/name`.
+pub const CONTROL_PORT_NAME: &str = "picovm.control";

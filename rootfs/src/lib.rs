@@ -1,0 +1,1 @@
+//! Guest side of picovm: root file system images (EROFS) and the initramfs.

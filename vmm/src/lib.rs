@@ -1,0 +1,1 @@
+//! The VMM library: machine, vCPU, memory, devices, template, clone.
