@@ -1,0 +1,112 @@
+//! Interrupt lines, and what the vCPU threads find at an address.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::VmFd;
+use picovm_guest_protocol::trap::TRAP_SIZE;
+use tracing::error;
+
+use super::legacy::Ports;
+use super::trap::{Trap, TrapAction};
+use super::virtio::slot::Slot;
+use crate::arch::layout;
+
+/// A device's way to interrupt the guest.
+pub trait InterruptLine: Send + Sync {
+    /// One edge on the line.
+    fn pulse(&self);
+}
+
+/// A line of the in-kernel interrupt controllers.
+pub struct KvmLine {
+    vm: Arc<VmFd>,
+    line: u32,
+}
+
+impl KvmLine {
+    /// The given line of a VM, 0 to 23.
+    #[must_use]
+    pub fn new(vm: Arc<VmFd>, line: u32) -> Self {
+        Self { vm, line }
+    }
+}
+
+impl InterruptLine for KvmLine {
+    // Two ioctls and not an irqfd: a clone takes few interrupts, and an irqfd costs more to set up and to take down.
+    fn pulse(&self) {
+        let result = self
+            .vm
+            .set_irq_line(self.line, true)
+            .and_then(|()| self.vm.set_irq_line(self.line, false));
+        if let Err(source) = result {
+            error!(line = self.line, %source, "cannot interrupt the guest");
+        }
+    }
+}
+
+/// Everything that answers at an address.
+pub struct Devices {
+    /// Port I/O.
+    pub ports: Mutex<Ports>,
+    /// The freeze trap.
+    pub trap: Mutex<Trap>,
+    /// Virtio devices, in the order of their windows.
+    pub slots: Vec<Slot>,
+}
+
+impl Devices {
+    fn slot(&self, address: u64) -> Option<(&Slot, u64)> {
+        let offset = address.checked_sub(layout::VIRTIO_MMIO)?;
+        let index = usize::try_from(offset / layout::VIRTIO_MMIO_SIZE).ok()?;
+        Some((self.slots.get(index)?, offset % layout::VIRTIO_MMIO_SIZE))
+    }
+
+    /// A read from guest-physical memory that is not RAM.
+    pub fn read_memory(&self, address: u64, data: &mut [u8]) {
+        if let Some((slot, offset)) = self.slot(address) {
+            slot.read(offset, data);
+        } else if (layout::TRAP..layout::TRAP + TRAP_SIZE).contains(&address) {
+            lock(&self.trap).read(address - layout::TRAP, data);
+        } else {
+            data.fill(0xff);
+        }
+    }
+
+    /// A write to guest-physical memory that is not RAM.
+    pub fn write_memory(&self, address: u64, data: &[u8]) -> TrapAction {
+        if let Some((slot, offset)) = self.slot(address) {
+            slot.write(offset, data);
+        } else if (layout::TRAP..layout::TRAP + TRAP_SIZE).contains(&address) {
+            return lock(&self.trap).write(address - layout::TRAP, data);
+        }
+        TrapAction::Continue
+    }
+
+    /// A read from a port.
+    pub fn read_port(&self, port: u16, data: &mut [u8]) {
+        lock(&self.ports).read(port, data);
+    }
+
+    /// A write to a port; `true` if the guest resets itself with it.
+    pub fn write_port(&self, port: u16, data: &[u8]) -> bool {
+        lock(&self.ports).write(port, data)
+    }
+
+    /// Lets no device touch guest memory any more.
+    pub fn pause(&self) {
+        for slot in &self.slots {
+            slot.pause();
+        }
+    }
+
+    /// Lets all devices go on.
+    pub fn resume(&self) {
+        for slot in &self.slots {
+            slot.resume();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

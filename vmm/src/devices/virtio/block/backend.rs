@@ -1,0 +1,188 @@
+//! What a block device lies on: a file.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+
+use crate::devices::virtio::queue::Buffer;
+
+/// Bytes of a sector.
+pub const SECTOR: u64 = 512;
+
+/// Why a file cannot back a block device.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// It cannot be opened.
+    #[error("cannot open the disk {} {}: {source}", path.display(), if *read_only { "for reading" } else { "for reading and writing" })]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// How it was to be opened.
+        read_only: bool,
+        /// What happened.
+        source: io::Error,
+    },
+    /// Its size is no whole number of sectors, or zero.
+    #[error("the disk {} has {bytes} bytes: a disk is one or more whole sectors of {SECTOR} bytes", path.display())]
+    Size {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// It is not the disk that the template was made with.
+    #[error(
+        "the disk {} has {sectors} sectors, but the template was made with one of {expected}: rebuild the template",
+        path.display()
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// Its sectors.
+        sectors: u64,
+        /// Sectors that the guest knows of.
+        expected: u64,
+    },
+}
+
+/// A file as a disk.
+pub struct FileBackend {
+    file: File,
+    sectors: u64,
+    read_only: bool,
+}
+
+/// Guest ranges of one request as the kernel's vectored calls take them.
+fn iovecs(memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<Vec<libc::iovec>> {
+    let mut list = Vec::with_capacity(buffers.len());
+    for buffer in buffers {
+        let length = usize::try_from(buffer.length).ok()?;
+        let slice = memory.get_slice(buffer.address, length).ok()?;
+        list.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+    }
+    Some(list)
+}
+
+impl FileBackend {
+    /// Opens a file of whole sectors.
+    ///
+    /// # Errors
+    /// [`BackendError`] names the file and what is wrong with it.
+    pub fn open(path: &Path, read_only: bool) -> Result<Self, BackendError> {
+        let open = |source| BackendError::Open { path: path.to_owned(), read_only, source };
+        let file = OpenOptions::new().read(true).write(!read_only).open(path).map_err(open)?;
+        let bytes = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(open)?;
+        if bytes == 0 || bytes % SECTOR != 0 {
+            return Err(BackendError::Size { path: path.to_owned(), bytes });
+        }
+        Ok(Self { file, sectors: bytes / SECTOR, read_only })
+    }
+
+    /// Opens the file for a clone and checks that it is as large as the guest knows it.
+    ///
+    /// # Errors
+    /// As [`FileBackend::open`], and [`BackendError::Changed`].
+    pub fn open_for_clone(path: &Path, read_only: bool, expected: u64) -> Result<Self, BackendError> {
+        let backend = Self::open(path, read_only)?;
+        if backend.sectors != expected {
+            return Err(BackendError::Changed { path: path.to_owned(), sectors: backend.sectors, expected });
+        }
+        Ok(backend)
+    }
+
+    /// Capacity in sectors.
+    #[must_use]
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Whether writes are refused.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether the request lies within the disk.
+    fn in_range(&self, sector: u64, bytes: u64) -> bool {
+        bytes % SECTOR == 0 && sector.checked_add(bytes / SECTOR).is_some_and(|end| end <= self.sectors)
+    }
+
+    /// Reads into guest memory; returns the bytes read, or `None` if the request is outside disk or memory or fails.
+    pub fn read(&self, sector: u64, memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<u64> {
+        self.transfer(sector, memory, buffers, |fd, list, offset| {
+            // SAFETY: every element is a range of live guest memory, which the guest shares and races with as it
+            // likes; no Rust reference to it exists.
+            unsafe { libc::preadv(fd, list.as_ptr(), list.len() as i32, offset) }
+        })
+    }
+
+    /// Writes from guest memory; otherwise as [`FileBackend::read`].
+    pub fn write(&self, sector: u64, memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<u64> {
+        if self.read_only {
+            return None;
+        }
+        self.transfer(sector, memory, buffers, |fd, list, offset| {
+            // SAFETY: as for reading.
+            unsafe { libc::pwritev(fd, list.as_ptr(), list.len() as i32, offset) }
+        })
+    }
+
+    fn transfer(
+        &self,
+        sector: u64,
+        memory: &GuestMemoryMmap,
+        buffers: &[Buffer],
+        call: impl Fn(i32, &[libc::iovec], libc::off_t) -> isize,
+    ) -> Option<u64> {
+        let total: u64 = buffers.iter().map(|buffer| u64::from(buffer.length)).sum();
+        if !self.in_range(sector, total) {
+            return None;
+        }
+        let list = iovecs(memory, buffers)?;
+        let mut rest: Vec<libc::iovec> = list;
+        let mut offset = sector.checked_mul(SECTOR)?;
+        let mut left = total;
+        while left > 0 {
+            let done = call(self.file.as_raw_fd(), rest.get(..rest.len().min(1024))?, i64::try_from(offset).ok()?);
+            let done = match u64::try_from(done) {
+                // The end of the file before the end of the disk: it was truncated under us.
+                Ok(0) => return None,
+                Ok(done) => done,
+                Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => return None,
+            };
+            offset = offset.checked_add(done)?;
+            left = left.checked_sub(done)?;
+            advance(&mut rest, done);
+        }
+        Some(total)
+    }
+
+    /// Makes what was written durable.
+    ///
+    /// # Errors
+    /// As `fdatasync(2)`.
+    pub fn flush(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.file.sync_data() }
+    }
+}
+
+/// Drops the first `done` bytes from a list of ranges.
+fn advance(list: &mut Vec<libc::iovec>, done: u64) {
+    let mut done = usize::try_from(done).unwrap_or(usize::MAX);
+    let mut whole = 0;
+    for entry in list.iter_mut() {
+        if done >= entry.iov_len {
+            done -= entry.iov_len;
+            whole += 1;
+        } else {
+            entry.iov_base = entry.iov_base.cast::<u8>().wrapping_add(done).cast();
+            entry.iov_len -= done;
+            break;
+        }
+    }
+    list.drain(..whole);
+}

@@ -1,0 +1,5 @@
+//! Entropy device (virtio 1.2, 5.4): random bytes from the host.
+
+mod device;
+
+pub use device::Entropy;

@@ -1,0 +1,47 @@
+//! Virtio devices (Virtual I/O Device specification 1.2) on the MMIO transport.
+
+pub mod block;
+pub mod console;
+pub mod entropy;
+pub mod queue;
+pub mod slot;
+pub mod transport;
+
+use vm_memory::GuestMemoryMmap;
+use virtio_queue::Queue;
+
+/// Why a device gave up on what the guest asked. The device then stops until the guest resets it.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A queue lies outside guest memory or its indices make no sense.
+    #[error("queue {0} is malformed: {1}")]
+    Queue(usize, virtio_queue::Error),
+    /// A saved state does not fit the device.
+    #[error("the saved state of a {0} device does not fit it")]
+    State(&'static str),
+    /// The backend failed for good.
+    #[error("the backend of a {0} device failed: {1}")]
+    Backend(&'static str, std::io::Error),
+}
+
+/// What the transport needs of a device.
+pub trait Device: Send {
+    /// Device type (5, "Device Types").
+    fn device_type(&self) -> u32;
+    /// Features offered, without those of the transport.
+    fn features(&self) -> u64;
+    /// Largest size of each queue.
+    fn queue_sizes(&self) -> &'static [u16];
+    /// Device configuration space; what lies behind it reads as zero.
+    fn config(&self) -> Vec<u8>;
+    /// The guest has accepted the features and is ready.
+    fn activate(&mut self, features: u64);
+    /// The guest has put something into a queue, or there may be something in it since the device was last
+    /// looked at. Returns whether something was used, so that the guest is to be interrupted.
+    ///
+    /// # Errors
+    /// The device then needs a reset.
+    fn process(&mut self, queue: usize, queues: &mut [Queue], memory: &GuestMemoryMmap) -> Result<bool, DeviceError>;
+    /// Back to the state after creation; the backend stays.
+    fn reset(&mut self);
+}

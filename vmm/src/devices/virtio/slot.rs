@@ -1,0 +1,221 @@
+//! Device slots: what every machine has at a fixed place, whatever device is in it.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use vm_memory::GuestMemoryMmap;
+
+use super::block::{BackendError, Block, BlockState, FileBackend};
+use super::console::{Console, ConsoleState, StreamBackend};
+use super::entropy::Entropy;
+use super::transport::{Transport, TransportState};
+use super::{Device, DeviceError};
+use crate::devices::bus::InterruptLine;
+
+/// Saved state of a slot: the transport's, the device's, and where to find its backend again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SlotState {
+    /// Control connection.
+    Console {
+        /// Registers and queues.
+        transport: TransportState,
+        /// The device.
+        device: ConsoleState,
+    },
+    /// Disk.
+    Block {
+        /// Registers and queues.
+        transport: TransportState,
+        /// The device.
+        device: BlockState,
+        /// The file that it lay on.
+        path: PathBuf,
+    },
+    /// Entropy.
+    Entropy {
+        /// Registers and queues.
+        transport: TransportState,
+    },
+}
+
+/// A device in its slot, shared by the vCPU threads and the device thread.
+#[derive(Clone)]
+pub enum Slot {
+    /// Control connection.
+    Console(Arc<Mutex<Transport<Console>>>),
+    /// Disk, and the file that it lies on.
+    Block(Arc<Mutex<Transport<Block>>>, PathBuf),
+    /// Entropy.
+    Entropy(Arc<Mutex<Transport<Entropy>>>),
+}
+
+/// What a slot is made with.
+pub enum SlotBackend {
+    /// Control connection.
+    Console(StreamBackend),
+    /// Disk.
+    Block(FileBackend, PathBuf),
+    /// Entropy.
+    Entropy,
+}
+
+fn lock<D>(device: &Mutex<Transport<D>>) -> MutexGuard<'_, Transport<D>> {
+    // A thread that panicked while holding a device has ended its machine; the device's own data is still whole.
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn shared<D: Device>(transport: Transport<D>) -> Arc<Mutex<Transport<D>>> {
+    Arc::new(Mutex::new(transport))
+}
+
+macro_rules! on_transport {
+    ($slot:expr, $transport:ident => $action:expr) => {
+        match $slot {
+            Slot::Console(device) => {
+                let mut $transport = lock(device);
+                $action
+            }
+            Slot::Block(device, _) => {
+                let mut $transport = lock(device);
+                $action
+            }
+            Slot::Entropy(device) => {
+                let mut $transport = lock(device);
+                $action
+            }
+        }
+    };
+}
+
+impl Slot {
+    /// A device as the guest finds it after power-on.
+    ///
+    /// # Errors
+    /// See [`Transport::new`].
+    pub fn new(
+        backend: SlotBackend,
+        index: usize,
+        memory: GuestMemoryMmap,
+        line: Arc<dyn InterruptLine>,
+    ) -> Result<Self, DeviceError> {
+        Ok(match backend {
+            SlotBackend::Console(backend) => {
+                Self::Console(shared(Transport::new(Console::new(backend), memory, line)?))
+            }
+            SlotBackend::Block(backend, path) => {
+                Self::Block(shared(Transport::new(Block::new(backend, serial(index)), memory, line)?), path)
+            }
+            SlotBackend::Entropy => Self::Entropy(shared(Transport::new(Entropy, memory, line)?)),
+        })
+    }
+
+    /// A device as it was saved, on a backend of its own, paused.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`] if backend and state are of different kinds; see [`Transport::from_state`].
+    pub fn from_state(
+        backend: SlotBackend,
+        index: usize,
+        memory: GuestMemoryMmap,
+        line: Arc<dyn InterruptLine>,
+        state: &SlotState,
+    ) -> Result<Self, DeviceError> {
+        Ok(match (backend, state) {
+            (SlotBackend::Console(backend), SlotState::Console { transport, device }) => {
+                let device = Console::from_state(backend, device);
+                Self::Console(shared(Transport::from_state(device, memory, line, transport)?))
+            }
+            (SlotBackend::Block(backend, path), SlotState::Block { transport, device, .. }) => {
+                let device = Block::from_state(backend, serial(index), device);
+                Self::Block(shared(Transport::from_state(device, memory, line, transport)?), path)
+            }
+            (SlotBackend::Entropy, SlotState::Entropy { transport }) => {
+                Self::Entropy(shared(Transport::from_state(Entropy, memory, line, transport)?))
+            }
+            _ => return Err(DeviceError::State("virtio")),
+        })
+    }
+
+    /// What a clone needs to go on.
+    #[must_use]
+    pub fn state(&self) -> SlotState {
+        match self {
+            Self::Console(device) => {
+                let device = lock(device);
+                SlotState::Console { transport: device.state(), device: device.device().state() }
+            }
+            Self::Block(device, path) => {
+                let device = lock(device);
+                SlotState::Block {
+                    transport: device.state(),
+                    device: device.device().state(),
+                    path: path.clone(),
+                }
+            }
+            Self::Entropy(device) => SlotState::Entropy { transport: lock(device).state() },
+        }
+    }
+
+    /// A read by the guest.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        on_transport!(self, transport => transport.read(offset, data));
+    }
+
+    /// A write by the guest.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        on_transport!(self, transport => transport.write(offset, data));
+    }
+
+    /// See [`Transport::pause`].
+    pub fn pause(&self) {
+        on_transport!(self, transport => transport.pause());
+    }
+
+    /// See [`Transport::resume`].
+    pub fn resume(&self) {
+        on_transport!(self, transport => transport.resume());
+    }
+
+    /// See [`Transport::process`].
+    pub fn process(&self, queue: usize) {
+        on_transport!(self, transport => transport.process(queue));
+    }
+
+    /// The descriptor on which the slot's backend reports events, if it has one.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<std::os::fd::RawFd> {
+        match self {
+            Self::Console(device) => lock(device).device().backend().descriptor(),
+            Self::Block(..) | Self::Entropy(_) => None,
+        }
+    }
+}
+
+/// What the guest reads as a disk's serial number: its slot, so that a disk can be found by name.
+fn serial(index: usize) -> String {
+    format!("picovm-slot-{index}")
+}
+
+impl SlotState {
+    /// Opens the backend that a clone needs in this slot. `console` is taken by the slot of the control connection,
+    /// `disks` by disks in order, instead of the files that they lay on.
+    ///
+    /// # Errors
+    /// [`BackendError`] for a disk.
+    pub fn open_backend(
+        &self,
+        console: &mut Option<StreamBackend>,
+        disks: &mut dyn Iterator<Item = PathBuf>,
+    ) -> Result<Option<SlotBackend>, BackendError> {
+        Ok(match self {
+            Self::Console { .. } => console.take().map(SlotBackend::Console),
+            Self::Block { device, path, .. } => {
+                let path = disks.next().unwrap_or_else(|| path.clone());
+                let backend = FileBackend::open_for_clone(&path, device.read_only, device.sectors)?;
+                Some(SlotBackend::Block(backend, path))
+            }
+            Self::Entropy { .. } => Some(SlotBackend::Entropy),
+        })
+    }
+}

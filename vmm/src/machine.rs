@@ -1,0 +1,549 @@
+//! A machine: booted from a kernel or built from saved state, then run, paused, saved.
+//!
+//! Capturing state and building from state are apart ([`Machine::save`], [`Machine::build`]), so that forking a frozen
+//! template and forking a live machine differ only in where the memory comes from.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::cpuid::Processor;
+use crate::arch::{boot, cpuid, layout};
+use crate::config::{ConfigError, MachineConfig};
+use crate::devices::bus::{Devices, InterruptLine, KvmLine};
+use crate::devices::legacy::{ConsoleLog, Ports};
+use crate::devices::trap::{Trap, TrapState};
+use crate::devices::virtio::DeviceError;
+use crate::devices::virtio::block::{BackendError, FileBackend};
+use crate::devices::virtio::console;
+use crate::devices::virtio::slot::{Slot, SlotBackend, SlotState};
+use crate::memory::{self, MemoryError};
+use crate::threads::{DeviceThread, ExitCounters, ExitCounts, Stop, VcpuContext, VcpuThread};
+use crate::vcpu::{self, MsrList, VcpuError, VcpuState};
+use crate::vm::{self, VmError, VmState};
+
+/// Why a machine could not be made, run or saved.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The configuration is out of range.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// Kernel and boot data.
+    #[error(transparent)]
+    Boot(#[from] boot::BootError),
+    /// A device.
+    #[error("cannot set up a device: {0}")]
+    Device(#[from] DeviceError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] BackendError),
+    /// The console log.
+    #[error("cannot write the console log {}: {source}", path.display())]
+    ConsoleLog {
+        /// The file.
+        path: PathBuf,
+        /// What happened.
+        source: io::Error,
+    },
+    /// The host refused a thread or descriptor.
+    #[error("cannot {attempted}: {source}")]
+    Host {
+        /// What was attempted.
+        attempted: &'static str,
+        /// What happened.
+        source: io::Error,
+    },
+    /// Saved state makes no sense.
+    #[error("the saved machine cannot be built: {0}")]
+    State(&'static str),
+    /// A vCPU's thread has ended.
+    #[error("a vCPU's thread has ended before its time")]
+    Thread,
+    /// The machine is running, or has ended.
+    #[error("cannot {0} a machine that is not standing still at its freeze point or in a pause")]
+    NotPaused(&'static str),
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest has reached its freeze point; the machine stands still and can be saved or go on.
+    FreezePoint,
+    /// The guest has powered itself off.
+    PowerOff,
+    /// The guest has reset itself: a reboot, a kernel panic or a triple fault. The console log says which.
+    Reset,
+    /// KVM cannot go on, for this reason.
+    Crash(String),
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::FreezePoint => write!(f, "it reached its freeze point"),
+            Self::PowerOff => write!(f, "it powered itself off"),
+            Self::Reset => write!(f, "it reset itself (a reboot, a kernel panic or a triple fault)"),
+            Self::Crash(reason) => write!(f, "{reason}"),
+        }
+    }
+}
+
+/// Everything of a machine but its memory.
+#[derive(Serialize, Deserialize)]
+pub struct MachineState {
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Interrupt controllers and clock.
+    pub vm: VmState,
+    /// vCPUs in order.
+    pub vcpus: Vec<VcpuState>,
+    /// Device slots in order.
+    pub slots: Vec<SlotState>,
+    /// Freeze trap.
+    pub trap: TrapState,
+}
+
+/// What a machine that is built from state gets of its own.
+#[derive(Default)]
+pub struct Backends {
+    /// Files for the disks in order, instead of those of the saved machine.
+    pub disks: Vec<PathBuf>,
+    /// Where console output goes.
+    pub console_log: Option<File>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Paused,
+    Running,
+    Ended,
+}
+
+/// A machine. Dropping it ends it and leaves nothing.
+pub struct Machine {
+    // Threads first: they hold the vCPUs, which go before the VM, which goes before the memory.
+    vcpus: Vec<VcpuThread>,
+    device_thread: Option<DeviceThread>,
+    devices: Arc<Devices>,
+    kvm: Arc<Kvm>,
+    vm: Arc<VmFd>,
+    memory: GuestMemoryMmap,
+    memory_mib: u64,
+    processor: Processor,
+    connection: Option<UnixStream>,
+    stops: Receiver<(u8, Stop)>,
+    stopped: Arc<EventFd>,
+    running: Vec<bool>,
+    phase: Phase,
+    exits: Arc<ExitCounters>,
+}
+
+fn host(attempted: &'static str) -> impl FnOnce(io::Error) -> MachineError {
+    move |source| MachineError::Host { attempted, source }
+}
+
+impl Machine {
+    /// Makes a machine from its configuration, ready to be started at the kernel's entry.
+    ///
+    /// # Errors
+    /// [`MachineError`] names what is wrong; nothing is left behind.
+    pub fn boot(config: &MachineConfig) -> Result<Self, MachineError> {
+        config.check()?;
+        memory::check_size(config.memory_mib)?;
+        let kvm = Arc::new(vm::open_kvm()?);
+        let memory = memory::anonymous(config.memory_mib)?;
+        let entry = boot::load(
+            &memory,
+            &config.kernel,
+            config.initramfs.as_deref(),
+            &config.cmdline(),
+            config.vcpus,
+        )?;
+        let log = match &config.console_log {
+            Some(path) => Some(
+                File::create(path).map_err(|source| MachineError::ConsoleLog { path: path.clone(), source })?,
+            ),
+            None => None,
+        };
+        let vm = Arc::new(vm::create(&kvm, &memory)?);
+
+        let (backend, connection) = console::connection().map_err(host("create the control connection"))?;
+        let mut backends = vec![SlotBackend::Console(backend), SlotBackend::Entropy];
+        for disk in &config.disks {
+            backends.push(SlotBackend::Block(FileBackend::open(&disk.path, disk.read_only)?, disk.path.clone()));
+        }
+        let slots = backends
+            .into_iter()
+            .enumerate()
+            .map(|(index, backend)| Slot::new(backend, index, memory.clone(), line(&vm, index)))
+            .collect::<Result<Vec<_>, _>>()?;
+
+        let supported = vm::supported_cpuid(&kvm)?;
+        let mut vcpus = Vec::new();
+        for index in 0..config.vcpus {
+            let vcpu = create_vcpu(&vm, index)?;
+            let cpuid = cpuid::for_vcpu(&supported, index, config.vcpus)
+                .map_err(|_| MachineError::State("CPUID has too many entries"))?;
+            ioctl(index, "set the CPUID", vcpu.set_cpuid2(&cpuid))?;
+            if index == 0 {
+                let mut sregs = ioctl(index, "read the control registers", vcpu.get_sregs())?;
+                boot::enter_long_mode(&mut sregs);
+                ioctl(index, "set the control registers", vcpu.set_sregs(&sregs))?;
+                ioctl(index, "set the registers", vcpu.set_regs(&boot::entry_registers(entry)))?;
+            }
+            vcpus.push(vcpu);
+        }
+
+        let parts = Parts {
+            kvm,
+            vm,
+            memory,
+            memory_mib: config.memory_mib,
+            processor: Processor::of(&supported),
+            slots,
+            trap: Trap::default(),
+            log,
+            connection,
+            vcpus,
+        };
+        Self::assemble(parts)
+    }
+
+    /// Builds a machine from saved state over memory that holds what the saved machine's held. It stands still.
+    ///
+    /// # Errors
+    /// [`MachineError`]; nothing is left behind.
+    pub fn build(
+        kvm: &Arc<Kvm>,
+        processor: &Processor,
+        memory: GuestMemoryMmap,
+        state: &MachineState,
+        own: Backends,
+    ) -> Result<Self, MachineError> {
+        if state.vcpus.is_empty() || state.vcpus.len() > usize::from(layout::VCPUS_MAX) {
+            return Err(MachineError::State("it has no vCPU or too many"));
+        }
+        if state.slots.len() > layout::VIRTIO_DEVICES_MAX {
+            return Err(MachineError::State("it has too many devices"));
+        }
+        let vm = Arc::new(vm::create(kvm, &memory)?);
+        vm::load_irqchips(&vm, &state.vm)?;
+
+        let mut vcpus = Vec::with_capacity(state.vcpus.len());
+        for (index, saved) in (0u8..).zip(&state.vcpus) {
+            let vcpu = create_vcpu(&vm, index)?;
+            vcpu::load(&vcpu, index, saved)?;
+            vcpus.push(vcpu);
+        }
+        vm::load_clock(&vm, &state.vm)?;
+
+        let (backend, connection) = console::connection().map_err(host("create the control connection"))?;
+        let mut backend = Some(backend);
+        let mut disks = own.disks.into_iter();
+        let mut slots = Vec::with_capacity(state.slots.len());
+        for (index, saved) in state.slots.iter().enumerate() {
+            let backend = saved
+                .open_backend(&mut backend, &mut disks)?
+                .ok_or(MachineError::State("it has more than one control connection"))?;
+            slots.push(Slot::from_state(backend, index, memory.clone(), line(&vm, index), saved)?);
+        }
+
+        let parts = Parts {
+            kvm: kvm.clone(),
+            vm,
+            memory,
+            memory_mib: state.memory_mib,
+            processor: processor.clone(),
+            slots,
+            trap: Trap::from_state(&state.trap),
+            log: own.console_log,
+            connection,
+            vcpus,
+        };
+        Self::assemble(parts)
+    }
+
+    fn assemble(parts: Parts) -> Result<Self, MachineError> {
+        let serial_line = Arc::new(KvmLine::new(parts.vm.clone(), layout::SERIAL_IRQ));
+        let devices = Arc::new(Devices {
+            ports: Mutex::new(Ports::new(serial_line, ConsoleLog::new(parts.log))),
+            trap: Mutex::new(parts.trap),
+            slots: parts.slots,
+        });
+        let (sender, stops): (Sender<(u8, Stop)>, _) = channel();
+        let stopped = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(host("create an eventfd"))?;
+        let stopped = Arc::new(stopped);
+        let exits = Arc::new(ExitCounters::default());
+        let mut threads = Vec::with_capacity(parts.vcpus.len());
+        for (index, vcpu) in (0u8..).zip(parts.vcpus) {
+            let context = VcpuContext {
+                index,
+                devices: devices.clone(),
+                stops: sender.clone(),
+                stopped: stopped.clone(),
+                exits: exits.clone(),
+            };
+            threads.push(VcpuThread::spawn(vcpu, context).map_err(host("start a vCPU's thread"))?);
+        }
+        let device_thread = DeviceThread::spawn(&devices).map_err(host("start the device thread"))?;
+        Ok(Self {
+            running: vec![false; threads.len()],
+            vcpus: threads,
+            device_thread: Some(device_thread),
+            devices,
+            kvm: parts.kvm,
+            vm: parts.vm,
+            memory: parts.memory,
+            memory_mib: parts.memory_mib,
+            processor: parts.processor,
+            connection: Some(parts.connection),
+            stops,
+            stopped,
+            phase: Phase::Paused,
+            exits,
+        })
+    }
+
+    /// The host's end of the control connection: what the guest writes to its port named
+    /// [`picovm_guest_protocol::CONTROL_PORT_NAME`] is read here, and the other way round. Given once.
+    pub fn take_connection(&mut self) -> Option<UnixStream> {
+        self.connection.take()
+    }
+
+    /// Lets the machine run. Without effect on one that runs.
+    ///
+    /// # Errors
+    /// [`MachineError::NotPaused`] if it has ended.
+    pub fn start(&mut self) -> Result<(), MachineError> {
+        match self.phase {
+            Phase::Running => return Ok(()),
+            Phase::Ended => return Err(MachineError::NotPaused("start")),
+            Phase::Paused => {}
+        }
+        self.phase = Phase::Running;
+        self.devices.resume();
+        for (vcpu, running) in self.vcpus.iter().zip(&mut self.running) {
+            *running = true;
+            vcpu.run();
+        }
+        Ok(())
+    }
+
+    /// A descriptor that is readable once the machine has stopped by itself: [`Machine::wait`] will not block then.
+    #[must_use]
+    pub fn stopped_descriptor(&self) -> RawFd {
+        self.stopped.as_raw_fd()
+    }
+
+    /// Waits until a running machine stops by itself, at most `timeout`; `None`: it still runs. After an outcome the
+    /// machine stands still.
+    ///
+    /// # Errors
+    /// [`MachineError::NotPaused`] if it was not started, [`MachineError::Thread`].
+    pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Option<Outcome>, MachineError> {
+        if self.phase != Phase::Running {
+            return Err(MachineError::NotPaused("wait for"));
+        }
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let (index, stop) = match deadline {
+            None => self.stops.recv().map_err(|_| MachineError::Thread)?,
+            Some(deadline) => {
+                match self.stops.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                    Ok(stop) => stop,
+                    Err(RecvTimeoutError::Timeout) => return Ok(None),
+                    Err(RecvTimeoutError::Disconnected) => return Err(MachineError::Thread),
+                }
+            }
+        };
+        let mut stop = self.note(index, stop);
+        for other in self.halt()? {
+            // What ends the machine is told rather than a freeze point reached at the same time.
+            if matches!(stop, Stop::FreezePoint | Stop::Paused) {
+                stop = other;
+            }
+        }
+        let _ = self.stopped.read();
+        let outcome = match stop {
+            Stop::FreezePoint => Outcome::FreezePoint,
+            Stop::PowerOff => Outcome::PowerOff,
+            Stop::Reset => Outcome::Reset,
+            Stop::Crash(reason) => Outcome::Crash(reason),
+            Stop::Paused => return Ok(None),
+        };
+        if outcome != Outcome::FreezePoint {
+            self.phase = Phase::Ended;
+        }
+        Ok(Some(outcome))
+    }
+
+    /// [`Machine::start`] and [`Machine::wait`]: `Ok(None)` if `timeout` has passed; the machine then still runs.
+    ///
+    /// # Errors
+    /// See both.
+    pub fn run(&mut self, timeout: Option<Duration>) -> Result<Option<Outcome>, MachineError> {
+        self.start()?;
+        self.wait(timeout)
+    }
+
+    /// Lets a running machine stand still at the next instruction.
+    ///
+    /// # Errors
+    /// [`MachineError::Thread`].
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        if self.phase == Phase::Running {
+            let ended = self
+                .halt()?
+                .into_iter()
+                .any(|stop| !matches!(stop, Stop::Paused | Stop::FreezePoint));
+            if ended {
+                self.phase = Phase::Ended;
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, index: u8, stop: Stop) -> Stop {
+        if let Some(running) = self.running.get_mut(usize::from(index)) {
+            *running = false;
+        }
+        stop
+    }
+
+    /// Stops every vCPU that runs, then the devices; returns why each stopped that did not just pause.
+    fn halt(&mut self) -> Result<Vec<Stop>, MachineError> {
+        for (vcpu, running) in self.vcpus.iter().zip(&self.running) {
+            if *running {
+                vcpu.pause();
+            }
+        }
+        let mut others = Vec::new();
+        while self.running.contains(&true) {
+            let (index, stop) = self.stops.recv().map_err(|_| MachineError::Thread)?;
+            if self.note(index, stop.clone()) != Stop::Paused {
+                others.push(stop);
+            }
+        }
+        self.devices.pause();
+        self.phase = Phase::Paused;
+        Ok(others)
+    }
+
+    /// Captures everything but the memory of a machine that stands still.
+    ///
+    /// # Errors
+    /// [`MachineError::NotPaused`], [`MachineError::Vcpu`], [`MachineError::Vm`].
+    pub fn save(&mut self) -> Result<MachineState, MachineError> {
+        if self.phase != Phase::Paused {
+            return Err(MachineError::NotPaused("save"));
+        }
+        let msrs = Arc::new(msr_list(&self.kvm)?);
+        let vcpus = self
+            .vcpus
+            .iter()
+            .map(|vcpu| vcpu.save(&msrs).ok_or(MachineError::Thread)?.map_err(MachineError::from))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(MachineState {
+            memory_mib: self.memory_mib,
+            vm: vm::save(&self.vm)?,
+            vcpus,
+            slots: self.devices.slots.iter().map(Slot::state).collect(),
+            trap: self.devices.trap.lock().unwrap_or_else(PoisonError::into_inner).state(),
+        })
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The processor that the guest runs on.
+    #[must_use]
+    pub fn processor(&self) -> &Processor {
+        &self.processor
+    }
+
+    /// How often the vCPUs have come back to user space.
+    #[must_use]
+    pub fn exits(&self) -> ExitCounts {
+        self.exits.read()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // All at once: each thread that is joined waits for its vCPU to leave the guest.
+        for vcpu in &self.vcpus {
+            vcpu.pause();
+        }
+        self.vcpus.clear();
+        self.device_thread = None;
+    }
+}
+
+struct Parts {
+    kvm: Arc<Kvm>,
+    vm: Arc<VmFd>,
+    memory: GuestMemoryMmap,
+    memory_mib: u64,
+    processor: Processor,
+    slots: Vec<Slot>,
+    trap: Trap,
+    log: Option<File>,
+    connection: UnixStream,
+    vcpus: Vec<VcpuFd>,
+}
+
+fn ioctl<T>(
+    index: u8,
+    attempted: &'static str,
+    result: Result<T, kvm_ioctls::Error>,
+) -> Result<T, MachineError> {
+    result.map_err(|source| VcpuError::Ioctl { attempted, index, source }.into())
+}
+
+fn create_vcpu(vm: &VmFd, index: u8) -> Result<VcpuFd, MachineError> {
+    ioctl(index, "create the vCPU", vm.create_vcpu(u64::from(index)))
+}
+
+/// What to save of the model-specific registers. A vCPU that has never run, of a VM made for it alone, tells their
+/// values from the start: saving is not on the path of a clone, booting and cloning are.
+fn msr_list(kvm: &Kvm) -> Result<MsrList, MachineError> {
+    let vm_error = |attempted| move |source| VmError::Ioctl { attempted, source };
+    let numbers = kvm
+        .get_msr_index_list()
+        .map_err(vm_error("list the model-specific registers"))?
+        .as_slice()
+        .to_vec();
+    let vm = kvm.create_vm().map_err(vm_error("create a VM"))?;
+    vm.create_irq_chip().map_err(vm_error("create the interrupt controllers"))?;
+    let vcpu = create_vcpu(&vm, 0)?;
+    let cpuid = cpuid::for_vcpu(&vm::supported_cpuid(kvm)?, 0, 1)
+        .map_err(|_| MachineError::State("CPUID has too many entries"))?;
+    ioctl(0, "set the CPUID", vcpu.set_cpuid2(&cpuid))?;
+    let fresh = vcpu::read_msrs(&vcpu, 0, &numbers)?;
+    Ok(MsrList { numbers, fresh })
+}
+
+fn line(vm: &Arc<VmFd>, slot: usize) -> Arc<dyn InterruptLine> {
+    Arc::new(KvmLine::new(vm.clone(), layout::VIRTIO_IRQ + slot as u32))
+}

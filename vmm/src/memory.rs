@@ -1,0 +1,101 @@
+//! Guest memory: anonymous while a machine boots, a private mapping of the template's memory file in a clone.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+use crate::arch::layout;
+
+/// Why guest memory could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Too little or too much.
+    #[error(
+        "a machine of {mib} MiB cannot be made: guest memory is {} to {} MiB",
+        layout::MEMORY_MIN_MIB,
+        layout::MEMORY_MAX_MIB
+    )]
+    Size {
+        /// What was asked for.
+        mib: u64,
+    },
+    /// More than this host has.
+    #[error("a machine of {mib} MiB cannot be made: this host has {host_mib} MiB of memory in all")]
+    Host {
+        /// What was asked for.
+        mib: u64,
+        /// Memory of the host.
+        host_mib: u64,
+    },
+    /// The host refused.
+    #[error("cannot map {mib} MiB of guest memory: {reason}")]
+    Map {
+        /// What was asked for.
+        mib: u64,
+        /// What the host says.
+        reason: String,
+    },
+}
+
+/// Checks a size in MiB against what a machine can have and what this host has.
+pub fn check_size(mib: u64) -> Result<(), MemoryError> {
+    if !(layout::MEMORY_MIN_MIB..=layout::MEMORY_MAX_MIB).contains(&mib) {
+        return Err(MemoryError::Size { mib });
+    }
+    let info = rustix::system::sysinfo();
+    let host_mib = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) >> 20;
+    if mib > host_mib {
+        return Err(MemoryError::Host { mib, host_mib });
+    }
+    Ok(())
+}
+
+/// Zeroed memory of `mib` MiB, backed by nothing until it is touched.
+pub fn anonymous(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    map(mib, None)
+}
+
+/// A private, copy-on-write mapping of a template's memory file, low range first.
+pub fn private(mib: u64, file: Arc<File>) -> Result<GuestMemoryMmap, MemoryError> {
+    map(mib, Some(file))
+}
+
+fn map(mib: u64, file: Option<Arc<File>>) -> Result<GuestMemoryMmap, MemoryError> {
+    let failed = |reason: String| MemoryError::Map { mib, reason };
+    let mut regions = Vec::new();
+    let mut offset = 0;
+    for (start, bytes) in layout::memory_ranges(mib << 20) {
+        let size = usize::try_from(bytes).map_err(|error| failed(error.to_string()))?;
+        // MAP_NORESERVE: most of a clone's memory is never written, so no swap is set aside for it.
+        let mut flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        let mut builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        match &file {
+            Some(file) => builder = builder.with_file_offset(FileOffset::from_arc(file.clone(), offset)),
+            None => flags |= libc::MAP_ANONYMOUS,
+        }
+        let region = builder.with_mmap_flags(flags).build().map_err(|error| failed(error.to_string()))?;
+        regions.push(
+            GuestRegionMmap::new(region, GuestAddress(start))
+                .ok_or_else(|| failed("the range leaves the address space".into()))?,
+        );
+        offset += bytes;
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(|error| failed(error.to_string()))
+}
+
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_out_of_range_are_refused_with_the_range() {
+        assert!(check_size(0).unwrap_err().to_string().contains("32 to 1048576 MiB"));
+        assert!(check_size(31).is_err());
+        assert!(check_size(u64::MAX).is_err());
+        assert!(matches!(check_size(layout::MEMORY_MAX_MIB), Err(MemoryError::Host { .. })));
+        assert!(check_size(64).is_ok());
+    }
+}

@@ -1,0 +1,19 @@
+//! Templates: a booted, frozen machine in a directory, immutable, checksummed and versioned.
+//!
+//! | file | what |
+//! |---|---|
+//! | `template.json` | format version, how the machine was made, checksums of the other files, and its own |
+//! | `state` | everything of the machine but its memory ([`crate::machine::MachineState`]), postcard |
+//! | `memory` | guest memory, low range first; pages of zeros are holes |
+//! | `verified` | says for which boot of this host the memory's checksum has been compared; may be missing |
+//!
+//! A template is written under another name and renamed, so that a directory with a template's name is whole.
+
+mod checksum;
+mod format;
+mod freeze;
+mod open;
+
+pub use format::{FORMAT_VERSION, FileRecord, Metadata, TemplateError};
+pub use freeze::FreezeOptions;
+pub use open::{ForkOptions, Template};

@@ -1,0 +1,225 @@
+//! Opening a template and forking clones from it.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::checksum;
+use super::format::{self, MEMORY, METADATA, Metadata, SMALL_FILE_MAX, STATE, TemplateError, VERIFIED};
+use crate::arch::cpuid::Processor;
+use crate::machine::{Backends, Machine, MachineError, MachineState};
+use crate::{memory, vm};
+
+/// What a clone gets of its own.
+#[derive(Default)]
+pub struct ForkOptions {
+    /// Written to the start of the identity area. The format is the guest's business; see
+    /// [`picovm_guest_protocol::Identity`]. At most [`Template::identity_area`] bytes.
+    pub identity: Vec<u8>,
+    /// Files for the disks in order, instead of those that the template was made with. Each must have as many sectors.
+    pub disks: Vec<PathBuf>,
+    /// Where the clone's console output goes.
+    pub console_log: Option<File>,
+}
+
+/// An open template. Forking needs nothing but this; any number of clones may be forked at once, from any thread.
+pub struct Template {
+    path: PathBuf,
+    id: String,
+    metadata: Metadata,
+    state: MachineState,
+    memory: Arc<File>,
+    kvm: Arc<Kvm>,
+}
+
+impl std::fmt::Debug for Template {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Template").field("path", &self.path).field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Template {
+    /// Reads a template's metadata without opening KVM or looking at its other files.
+    ///
+    /// # Errors
+    /// [`TemplateError::Io`], [`TemplateError::Damaged`], [`TemplateError::Version`].
+    pub fn read_metadata(directory: &Path) -> Result<(Metadata, String), TemplateError> {
+        let bytes = read_small(&directory.join(METADATA))?;
+        format::decode(&bytes, directory)
+    }
+
+    /// Opens and checks a template: every checksum, its format version, and that this host's processor is the one it
+    /// was made on. The memory's checksum is compared once per boot of the host and change of the file.
+    ///
+    /// # Errors
+    /// [`TemplateError`] says what is wrong and what to do.
+    pub fn open(directory: &Path) -> Result<Self, TemplateError> {
+        let (metadata, id) = Self::read_metadata(directory)?;
+        let damaged = |reason: String| TemplateError::damaged(directory, reason);
+
+        let bytes = read_small(&directory.join(STATE))?;
+        if bytes.len() as u64 != metadata.state.bytes || checksum::of(&bytes) != metadata.state.checksum {
+            return Err(damaged(format!("{STATE} does not match its checksum")));
+        }
+        let state: MachineState = postcard::from_bytes(&bytes)
+            .map_err(|error| damaged(format!("{STATE} cannot be read ({error})")))?;
+        if state.memory_mib != metadata.memory_mib || metadata.memory.bytes != metadata.memory_mib << 20 {
+            return Err(damaged("its files disagree on the size of the memory".into()));
+        }
+
+        let path = directory.join(MEMORY);
+        let file = File::open(&path).map_err(TemplateError::io("open", &path))?;
+        let found = file.metadata().map_err(TemplateError::io("read", &path))?.len();
+        if found != metadata.memory.bytes {
+            return Err(damaged(format!("{MEMORY} has {found} bytes instead of {}", metadata.memory.bytes)));
+        }
+        if !is_verified(directory, &file) {
+            let sum = checksum::of_memory(&file, metadata.memory.bytes)
+                .map_err(TemplateError::io("read", &path))?;
+            if sum != metadata.memory.checksum {
+                return Err(damaged(format!("{MEMORY} does not match its checksum")));
+            }
+            record_verified(directory);
+        }
+
+        let kvm = vm::open_kvm().map_err(MachineError::from)?;
+        let here = Processor::of(&vm::supported_cpuid(&kvm).map_err(MachineError::from)?);
+        if here != metadata.processor {
+            return Err(TemplateError::Foreign {
+                path: directory.to_owned(),
+                made_on: Box::new(metadata.processor),
+                here: Box::new(here),
+            });
+        }
+        Ok(Self {
+            path: directory.to_owned(),
+            id,
+            metadata,
+            state,
+            memory: Arc::new(file),
+            kvm: Arc::new(kvm),
+        })
+    }
+
+    /// Its directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its content's id: BLAKE3 of its metadata, which holds the checksums of the rest.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What it says of itself.
+    #[must_use]
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// Bytes that the guest has set aside for an identity.
+    #[must_use]
+    pub fn identity_area(&self) -> usize {
+        self.state.trap.identity_pages.len() * picovm_guest_protocol::trap::PAGE_SIZE
+    }
+
+    /// Compares the memory's checksum now, whatever was recorded.
+    ///
+    /// # Errors
+    /// [`TemplateError::Io`], [`TemplateError::Damaged`].
+    pub fn verify_memory(&self) -> Result<(), TemplateError> {
+        let sum = checksum::of_memory(&self.memory, self.metadata.memory.bytes)
+            .map_err(TemplateError::io("read", &self.path.join(MEMORY)))?;
+        if sum == self.metadata.memory.checksum {
+            Ok(())
+        } else {
+            Err(TemplateError::damaged(&self.path, format!("{MEMORY} does not match its checksum")))
+        }
+    }
+
+    /// Forks a clone. It stands at the freeze point with its identity written; [`Machine::start`] lets it run.
+    ///
+    /// # Errors
+    /// [`TemplateError::Identity`] if the identity is too large, [`TemplateError::Machine`] for what the host refuses.
+    pub fn fork(&self, options: ForkOptions) -> Result<Machine, TemplateError> {
+        let memory = memory::private(self.metadata.memory_mib, self.memory.clone()).map_err(MachineError::from)?;
+        self.write_identity(&memory, &options.identity)?;
+        let own = Backends { disks: options.disks, console_log: options.console_log };
+        Ok(Machine::build(&self.kvm, &self.metadata.processor, memory, &self.state, own)?)
+    }
+
+    /// Writes an identity into a clone's memory: pages that the guest has mapped already.
+    fn write_identity(&self, memory: &GuestMemoryMmap, identity: &[u8]) -> Result<(), TemplateError> {
+        let pages = &self.state.trap.identity_pages;
+        if identity.len() > self.identity_area() {
+            return Err(TemplateError::Identity { needed: identity.len(), available: self.identity_area() });
+        }
+        for (part, address) in identity.chunks(picovm_guest_protocol::trap::PAGE_SIZE).zip(pages) {
+            memory
+                .write_slice(part, GuestAddress(*address))
+                .map_err(|_| TemplateError::IdentityArea { address: *address })?;
+        }
+        Ok(())
+    }
+}
+
+fn read_small(path: &Path) -> Result<Vec<u8>, TemplateError> {
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(SMALL_FILE_MAX).read_to_end(&mut bytes))
+        .map_err(TemplateError::io("read", path))?;
+    Ok(bytes)
+}
+
+/// Which file was verified, and in which boot of the host: any change of the file changes its `ctime`, and a restart
+/// of the host ends what its page cache vouches for.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+struct Verified {
+    boot: String,
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Verified {
+    fn of(file: &File) -> Option<Self> {
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let metadata = file.metadata().ok()?;
+        Some(Self {
+            boot: boot.trim().to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            bytes: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        })
+    }
+}
+
+fn is_verified(directory: &Path, memory: &File) -> bool {
+    let recorded = read_small(&directory.join(VERIFIED)).ok();
+    let recorded = recorded.and_then(|bytes| serde_json::from_slice::<Verified>(&bytes).ok());
+    recorded.is_some() && recorded == Verified::of(memory)
+}
+
+/// Records that the memory is what its checksum says. Where that cannot be written, the next opening compares again.
+pub(super) fn record_verified(directory: &Path) {
+    let record = File::open(directory.join(MEMORY)).ok().as_ref().and_then(Verified::of);
+    if let Some(record) = record
+        && let Ok(bytes) = serde_json::to_vec(&record)
+        && let Ok(mut file) = tempfile::NamedTempFile::new_in(directory)
+        && std::io::Write::write_all(&mut file, &bytes).is_ok()
+    {
+        let _ = file.persist(directory.join(VERIFIED));
+    }
+}

@@ -1,0 +1,186 @@
+//! State of one vCPU: captured from a machine that stands still, loaded into a fresh one.
+
+use kvm_bindings::{
+    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+
+/// Why vCPU state could not be captured or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// An ioctl failed.
+    #[error("cannot {attempted} of vCPU {index}: {source}")]
+    Ioctl {
+        /// `save the registers`, ...
+        attempted: &'static str,
+        /// Which vCPU.
+        index: u8,
+        /// What the host kernel says.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM stopped at a model-specific register.
+    #[error("KVM on this host refuses model-specific register {msr:#x} = {value:#x} of vCPU {index}")]
+    Msr {
+        /// Which vCPU.
+        index: u8,
+        /// The register.
+        msr: u32,
+        /// The value.
+        value: u64,
+    },
+    /// A list is longer than KVM takes.
+    #[error("the saved {what} of vCPU {index} has too many entries")]
+    List {
+        /// Which list.
+        what: &'static str,
+        /// Which vCPU.
+        index: u8,
+    },
+}
+
+/// Time stamp counter.
+const MSR_TSC: u32 = 0x10;
+/// Deadline of the local APIC timer: only valid once the counter and the APIC are set.
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Most registers per ioctl.
+const MSRS_AT_ONCE: usize = 128;
+
+/// A model-specific register and its value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Msr {
+    /// Number.
+    pub index: u32,
+    /// Value.
+    pub value: u64,
+}
+
+/// Everything that a vCPU holds between two instructions.
+#[derive(Serialize, Deserialize)]
+pub struct VcpuState {
+    /// CPUID as the guest was told.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// Model-specific registers that differ from those of a fresh vCPU.
+    pub msrs: Vec<Msr>,
+    /// General registers.
+    pub regs: kvm_regs,
+    /// Segment and control registers.
+    pub sregs: kvm_sregs,
+    /// Floating point and vector registers.
+    pub xsave: kvm_xsave,
+    /// Extended control registers.
+    pub xcrs: kvm_xcrs,
+    /// Debug registers.
+    pub debug: kvm_debugregs,
+    /// Local APIC.
+    pub lapic: kvm_lapic_state,
+    /// Pending exceptions and interrupts.
+    pub events: kvm_vcpu_events,
+    /// Running, halted or waiting to be started.
+    pub mp_state: kvm_mp_state,
+}
+
+fn ioctl<T>(
+    index: u8,
+    attempted: &'static str,
+    result: Result<T, kvm_ioctls::Error>,
+) -> Result<T, VcpuError> {
+    result.map_err(|source| VcpuError::Ioctl { attempted, index, source })
+}
+
+/// Reads the given registers; those that this vCPU does not have are left out.
+pub fn read_msrs(vcpu: &VcpuFd, index: u8, numbers: &[u32]) -> Result<Vec<Msr>, VcpuError> {
+    let mut values = Vec::with_capacity(numbers.len());
+    let mut rest = numbers;
+    while !rest.is_empty() {
+        let wanted: Vec<kvm_msr_entry> = rest
+            .iter()
+            .take(MSRS_AT_ONCE)
+            .map(|number| kvm_msr_entry { index: *number, ..Default::default() })
+            .collect();
+        let mut list = Msrs::from_entries(&wanted).map_err(|_| VcpuError::List { what: "registers", index })?;
+        let read = ioctl(index, "save the model-specific registers", vcpu.get_msrs(&mut list))?;
+        values.extend(
+            list.as_slice()
+                .iter()
+                .take(read)
+                .map(|entry| Msr { index: entry.index, value: entry.data }),
+        );
+        // KVM stops at the first register that it cannot read: go on behind it.
+        let done = if read < wanted.len() { read + 1 } else { read };
+        rest = rest.get(done..).unwrap_or_default();
+    }
+    Ok(values)
+}
+
+fn write_msrs(vcpu: &VcpuFd, index: u8, msrs: &[Msr]) -> Result<(), VcpuError> {
+    for chunk in msrs.chunks(MSRS_AT_ONCE) {
+        let entries: Vec<kvm_msr_entry> = chunk
+            .iter()
+            .map(|msr| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() })
+            .collect();
+        let list = Msrs::from_entries(&entries).map_err(|_| VcpuError::List { what: "registers", index })?;
+        let written = ioctl(index, "load the model-specific registers", vcpu.set_msrs(&list))?;
+        // KVM stops at the first register that it refuses, and says so by its return value alone.
+        if let Some(msr) = chunk.get(written) {
+            return Err(VcpuError::Msr { index, msr: msr.index, value: msr.value });
+        }
+    }
+    Ok(())
+}
+
+/// Model-specific registers to save.
+pub struct MsrList {
+    /// Those that KVM lists.
+    pub numbers: Vec<u32>,
+    /// Their values in a fresh vCPU: what equals them need not be saved, nor loaded into each clone.
+    pub fresh: Vec<Msr>,
+}
+
+/// Captures the state of a vCPU that is not running and has completed its last exit.
+pub fn save(vcpu: &VcpuFd, index: u8, list: &MsrList) -> Result<VcpuState, VcpuError> {
+    // KVM API 4.38: the multiprocessing state first, for reading it may change what follows.
+    let mp_state = ioctl(index, "save the run state", vcpu.get_mp_state())?;
+    let regs = ioctl(index, "save the registers", vcpu.get_regs())?;
+    let sregs = ioctl(index, "save the control registers", vcpu.get_sregs())?;
+    let xsave = ioctl(index, "save the vector registers", vcpu.get_xsave())?;
+    let xcrs = ioctl(index, "save the extended control registers", vcpu.get_xcrs())?;
+    let debug = ioctl(index, "save the debug registers", vcpu.get_debug_regs())?;
+    let lapic = ioctl(index, "save the local APIC", vcpu.get_lapic())?;
+    let mut msrs = read_msrs(vcpu, index, &list.numbers)?;
+    msrs.retain(|msr| msr.index == MSR_TSC || !list.fresh.contains(msr));
+    msrs.sort_by_key(|msr| match msr.index {
+        MSR_TSC => 0,
+        MSR_TSC_DEADLINE => 2,
+        _ => 1,
+    });
+    let events = ioctl(index, "save the pending events", vcpu.get_vcpu_events())?;
+    let cpuid = ioctl(
+        index,
+        "save the CPUID",
+        vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES),
+    )?
+    .as_slice()
+    .to_vec();
+    Ok(VcpuState { cpuid, msrs, regs, sregs, xsave, xcrs, debug, lapic, events, mp_state })
+}
+
+/// Loads a saved state into a fresh vCPU.
+pub fn load(vcpu: &VcpuFd, index: u8, state: &VcpuState) -> Result<(), VcpuError> {
+    // CPUID first: KVM checks what follows against it. The local APIC before the timer's deadline.
+    let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| VcpuError::List { what: "CPUID", index })?;
+    ioctl(index, "load the CPUID", vcpu.set_cpuid2(&cpuid))?;
+    ioctl(index, "load the run state", vcpu.set_mp_state(state.mp_state))?;
+    ioctl(index, "load the registers", vcpu.set_regs(&state.regs))?;
+    ioctl(index, "load the control registers", vcpu.set_sregs(&state.sregs))?;
+    // SAFETY: no dynamically enabled feature (AMX) is ever requested, so the kernel reads at most the 4 KiB of
+    // kvm_xsave.
+    let xsave = unsafe { vcpu.set_xsave(&state.xsave) };
+    ioctl(index, "load the vector registers", xsave)?;
+    ioctl(index, "load the extended control registers", vcpu.set_xcrs(&state.xcrs))?;
+    ioctl(index, "load the debug registers", vcpu.set_debug_regs(&state.debug))?;
+    ioctl(index, "load the local APIC", vcpu.set_lapic(&state.lapic))?;
+    write_msrs(vcpu, index, &state.msrs)?;
+    ioctl(index, "load the pending events", vcpu.set_vcpu_events(&state.events))
+}
