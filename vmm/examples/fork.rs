@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use picovm_vmm::{Disk, ForkOptions, FreezeOptions, Machine, MachineConfig, Template};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let mut args = std::env::args_os().skip(1).map(PathBuf::from);
     let usage = "usage: fork KERNEL INITRAMFS TEMPLATE [DISK...]";
     let mut config = MachineConfig::new(args.next().ok_or(usage)?);

@@ -57,8 +57,16 @@ pub fn pop(queues: &mut [Queue], index: usize, memory: &GuestMemoryMmap) -> Resu
     if !queue.ready() {
         return Ok(None);
     }
-    let chain = queue.iter(memory).map_err(|error| DeviceError::Queue(index, error))?.next();
-    Ok(chain.map(Chain::from))
+    let error = |error| DeviceError::Queue(index, error);
+    loop {
+        if let Some(chain) = queue.iter(memory).map_err(error)?.next() {
+            return Ok(Some(Chain::from(chain)));
+        }
+        // Empty: ask to be notified of the next chain, and look again for one that came before the asking (2.7.10).
+        if !queue.enable_notification(memory).map_err(error)? {
+            return Ok(None);
+        }
+    }
 }
 
 /// Puts the chain that was popped last back, to be popped again.
