@@ -1,2 +1,46 @@
-//! Run every container as its own lightweight VM.
-fn main() {}
+//! `picovm`: runs every container as its own lightweight VM.
+
+mod arguments;
+mod doctor;
+mod image;
+mod output;
+mod run;
+mod template;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use arguments::{Cli, Command};
+
+/// Exit status of picovm's own errors, as Docker has it, so that they are told from those of a container.
+const OWN_ERROR: u8 = 125;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log(cli.verbose);
+    let result = match cli.command {
+        Command::Run(options) => run::run(&options),
+        Command::Image(command) => image::image(&command),
+        Command::Template(command) => template::template(&command),
+        Command::Doctor { json } => doctor::doctor(json),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "picovm", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("picovm: {error:#}");
+        ExitCode::from(OWN_ERROR)
+    })
+}
+
+fn log(verbose: u8) {
+    let level = match verbose {
+        0 => return,
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).init();
+}

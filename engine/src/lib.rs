@@ -1,1 +1,34 @@
-//! Containers as clones: store, templates, runs.
+//! Containers as clones: the store of images and templates, and running a container in a clone of its own.
+//!
+//! ```no_run
+//! use picovm_engine::{Container, ContainerOptions, Stdio, Store, TemplateSpec};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let store = Store::open_default()?;
+//! let image = store.image("debian")?;
+//! let template = store.template(&TemplateSpec::new(image), &mut |progress| eprintln!("{progress}"))?;
+//! let container = Container::start(&template, &ContainerOptions::command(["uname", "-a"]))?;
+//! let exit = container.attach(Stdio::inherit(), &mut |_| None)?;
+//! std::process::exit(exit.shell_status().into());
+//! # }
+//! ```
+
+mod attach;
+mod container;
+mod error;
+mod guest;
+mod images;
+mod session;
+mod store;
+mod templates;
+
+pub use attach::{Interruption, Stdio, Wake};
+pub use container::{Container, ContainerOptions};
+pub use error::EngineError;
+pub use guest::GuestFiles;
+pub use images::Image;
+pub use picovm_guest_protocol::{ContainerExit, StartFailure};
+pub use picovm_rootfs::image::Progress as ImageProgress;
+pub use session::{Event, Session};
+pub use store::Store;
+pub use templates::{StoredTemplate, TemplateProgress, TemplateSpec};

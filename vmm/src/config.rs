@@ -28,8 +28,8 @@ pub struct MachineConfig {
     pub vcpus: u8,
     /// Disks in order: the guest sees `/dev/vda`, `/dev/vdb`, ... At most 17.
     pub disks: Vec<Disk>,
-    /// Where console output is logged (1 MiB at most). `None`: the machine has no serial port driver and boots
-    /// faster, but says nothing.
+    /// Where console output is logged, 1 MiB at most. The last of it is kept in memory in any case:
+    /// [`crate::Machine::console_tail`].
     pub console_log: Option<PathBuf>,
     /// Appended to the kernel command line.
     pub extra_cmdline: String,
@@ -86,12 +86,9 @@ impl MachineConfig {
         // No ACPI, PCI or keyboard to look for; a panic resets at once, through the keyboard controller's reset line;
         // the clock needs no watching and the interrupt lines no trial.
         let mut line = String::from(
-            "quiet panic=-1 reboot=k tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests",
+            "quiet panic=-1 reboot=k tsc=reliable no_timer_check rcupdate.rcu_expedited=1 swiotlb=noforce \
+             console=ttyS0 8250.nr_uarts=1",
         );
-        match &self.console_log {
-            Some(_) => line.push_str(" console=ttyS0 8250.nr_uarts=1"),
-            None => line.push_str(" 8250.nr_uarts=0"),
-        }
         line.push_str(&format!(
             " {}={:#x}",
             picovm_guest_protocol::trap::CMDLINE_PARAMETER,

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -329,6 +329,12 @@ impl Machine {
         self.connection.take()
     }
 
+    /// Whether bytes that the guest has written to the control connection wait for the other end to be read.
+    #[must_use]
+    pub fn output_waits(&self) -> bool {
+        self.devices.slots.iter().any(Slot::output_waits)
+    }
+
     /// Lets the machine run. Without effect on one that runs.
     ///
     /// # Errors
@@ -350,8 +356,9 @@ impl Machine {
 
     /// A descriptor that is readable once the machine has stopped by itself: [`Machine::wait`] will not block then.
     #[must_use]
-    pub fn stopped_descriptor(&self) -> RawFd {
-        self.stopped.as_raw_fd()
+    pub fn stopped_descriptor(&self) -> BorrowedFd<'_> {
+        // SAFETY: the eventfd is open for as long as the machine is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.stopped.as_raw_fd()) }
     }
 
     /// Waits until a running machine stops by itself, at most `timeout`; `None`: it still runs. After an outcome the
@@ -468,6 +475,12 @@ impl Machine {
             slots: self.devices.slots.iter().map(Slot::state).collect(),
             trap: self.devices.trap.lock().unwrap_or_else(PoisonError::into_inner).state(),
         })
+    }
+
+    /// The last console output, 8 KiB at most, for the message about a machine that ended badly.
+    #[must_use]
+    pub fn console_tail(&self) -> String {
+        self.devices.ports.lock().unwrap_or_else(PoisonError::into_inner).console_tail()
     }
 
     /// Guest memory.

@@ -1,6 +1,7 @@
 //! Port I/O of a PC, as little of it as the kernel asks for: a serial port for the console log, the keyboard
 //! controller's reset line, and a clock chip that is never updating.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -19,22 +20,38 @@ const CMOS: [u16; 2] = [0x70, 0x71];
 /// A log stops growing here: the guest is not to fill the host's disk.
 pub const LOG_MAX: u64 = 1 << 20;
 
-/// Where console output goes: a file up to [`LOG_MAX`] bytes, or nowhere.
+/// Bytes of console output that are kept in memory.
+pub const TAIL: usize = 8 << 10;
+
+/// Where console output goes: a file up to [`LOG_MAX`] bytes, if there is one, and the last [`TAIL`] bytes to memory,
+/// for the message about a machine that ended badly.
+#[derive(Default)]
 pub struct ConsoleLog {
     file: Option<File>,
     written: u64,
+    tail: VecDeque<u8>,
 }
 
 impl ConsoleLog {
-    /// Writes to `file`, or nowhere.
+    /// A log that also goes to `file`, if there is one.
     #[must_use]
     pub fn new(file: Option<File>) -> Self {
-        Self { file, written: 0 }
+        Self { file, ..Self::default() }
+    }
+
+    /// The last output. What is no text is replaced.
+    #[must_use]
+    pub fn tail(&self) -> String {
+        let (front, back) = self.tail.as_slices();
+        String::from_utf8_lossy(&[front, back].concat()).into_owned()
     }
 }
 
 impl Write for ConsoleLog {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.tail.extend(bytes);
+        let surplus = self.tail.len().saturating_sub(TAIL);
+        self.tail.drain(..surplus);
         if let Some(file) = &mut self.file
             && self.written < LOG_MAX
         {
@@ -85,6 +102,12 @@ impl Ports {
     #[must_use]
     pub fn new(line: Arc<dyn InterruptLine>, log: ConsoleLog) -> Self {
         Self { serial: Serial::new(LineTrigger(line), log), keyboard: I8042Device::new(ResetLine::default()) }
+    }
+
+    /// The last console output.
+    #[must_use]
+    pub fn console_tail(&self) -> String {
+        self.serial.writer().tail()
     }
 
     /// A read by the guest. Where nothing is, all bits are set, as on an empty bus.

@@ -182,6 +182,12 @@ impl Slot {
         on_transport!(self, transport => transport.process(queue));
     }
 
+    /// Whether bytes from the guest wait for the slot's backend.
+    #[must_use]
+    pub fn output_waits(&self) -> bool {
+        matches!(self, Self::Console(device) if lock(device).device().waits_to_send())
+    }
+
     /// The descriptor on which the slot's backend reports events, if it has one.
     #[must_use]
     pub fn descriptor(&self) -> Option<std::os::fd::RawFd> {

@@ -1,0 +1,211 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Run every container as its own lightweight VM, forked from a frozen one.
+#[derive(Parser)]
+#[command(name = "picovm", version, disable_help_subcommand = true)]
+pub struct Cli {
+    /// Log to stderr; more often for more
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Run a command in a new container
+    Run(RunOptions),
+    /// Make, list and remove images (root file systems)
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Build, list, show and remove templates (frozen machines)
+    #[command(subcommand)]
+    Template(TemplateCommand),
+    /// Check whether this machine can run picovm, and what to do if not
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// What is frozen into a template beside the image.
+#[derive(Args, Clone)]
+pub struct MachineOptions {
+    /// Memory, as 512m or 2g; a plain number is bytes. 32 MiB at least. Taken from the host only as it is used
+    #[arg(short, long, value_name = "SIZE", default_value = "256m", value_parser = parse_memory)]
+    pub memory: u64,
+    /// vCPUs, 1 to 8
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    pub cpus: u8,
+}
+
+#[derive(Args)]
+#[command(after_help = "The exit status is that of the command; 128 + N if signal N ended it; 127 if it does not exist; \
+126 if it cannot be executed; 125 if picovm itself failed; 124 if --timeout ended it.")]
+pub struct RunOptions {
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// Set an environment variable; without =VALUE it is taken from this environment
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<OsString>,
+    /// Working directory in the container; made if it does not exist
+    #[arg(short, long, value_name = "DIR", default_value = "/")]
+    pub workdir: OsString,
+    /// Run as this user, by name or number of the container
+    #[arg(short, long, value_name = "USER[:GROUP]", default_value = "")]
+    pub user: OsString,
+    /// Host name; by default the container's id
+    #[arg(long, value_name = "NAME", value_parser = parse_hostname)]
+    pub hostname: Option<String>,
+    /// Connect standard input
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Kill the container after this time, as 30, 500ms, 5m or 1h
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// Write the guest's console output to this file
+    #[arg(long, value_name = "FILE")]
+    pub console_log: Option<PathBuf>,
+    /// Accepted for compatibility: a container never outlives its command
+    #[arg(long)]
+    pub rm: bool,
+    /// The image's name
+    pub image: String,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<OsString>,
+}
+
+#[derive(Subcommand)]
+pub enum ImageCommand {
+    /// Make an image from a directory or a tar archive (plain, gzip, zstd or xz)
+    Build {
+        /// Name to give it
+        name: String,
+        /// Directory or archive
+        source: PathBuf,
+    },
+    /// List images
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove images, and the templates made of them
+    Rm {
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum TemplateCommand {
+    /// Build the template that `run` with the same options would need
+    Build {
+        #[command(flatten)]
+        machine: MachineOptions,
+        /// The image's name
+        image: String,
+    },
+    /// List templates
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a template as JSON, and check all of it
+    Inspect {
+        /// Its id, or the beginning of it
+        id: String,
+    },
+    /// Remove templates; containers that run go on
+    Rm {
+        /// Their ids, or the beginnings of them
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+}
+
+/// Whole MiB from a size as Docker takes it.
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| "a size is a number with b, k, m or g".to_owned())?;
+    let unit: u64 = match text.get(digits.len()..).unwrap_or_default().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kb" | "kib" => 1 << 10,
+        "m" | "mb" | "mib" => 1 << 20,
+        "g" | "gb" | "gib" => 1 << 30,
+        other => return Err(format!("{other:?} is no unit: use b, k, m or g")),
+    };
+    let bytes = number.checked_mul(unit).ok_or_else(|| "this is more than any machine has".to_owned())?;
+    Ok(bytes >> 20)
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| "a time is a number with ms, s, m or h".to_owned())?;
+    let milliseconds: u64 = match text.get(digits.len()..).unwrap_or_default() {
+        "ms" => 1,
+        "" | "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        other => return Err(format!("{other:?} is no unit: use ms, s, m or h")),
+    };
+    let total = number.checked_mul(milliseconds).ok_or_else(|| "this time is too long".to_owned())?;
+    Ok(Duration::from_millis(total))
+}
+
+fn parse_hostname(text: &str) -> Result<String, String> {
+    let allowed = |character: char| character.is_ascii_alphanumeric() || "-._".contains(character);
+    if (1..=64).contains(&text.len()) && text.chars().all(allowed) {
+        Ok(text.to_owned())
+    } else {
+        Err("a host name is 1 to 64 of a-z, A-Z, 0-9, `-`, `.`, `_`".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_times_are_read_as_docker_users_type_them() {
+        assert_eq!(parse_memory("256m"), Ok(256));
+        assert_eq!(parse_memory("1G"), Ok(1024));
+        assert_eq!(parse_memory("134217728"), Ok(128));
+        assert_eq!(parse_memory("0"), Ok(0));
+        assert!(parse_memory("m").is_err());
+        assert!(parse_memory("5x").is_err());
+        assert!(parse_memory("99999999999g").is_err());
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("2"), Ok(Duration::from_secs(2)));
+        assert!(parse_duration("2y").is_err());
+    }
+
+    #[test]
+    fn options_of_the_command_are_the_command_s() {
+        let cli = Cli::try_parse_from(["picovm", "run", "-m", "64m", "debian", "ls", "-l", "--all"]).unwrap();
+        let Command::Run(options) = cli.command else { panic!("not run") };
+        assert_eq!(options.command, ["ls", "-l", "--all"]);
+        assert_eq!(options.machine.memory, 64);
+    }
+}

@@ -1,0 +1,137 @@
+//! `picovm run`.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use anyhow::Context;
+use picovm_engine::{
+    Container, ContainerExit, ContainerOptions, Interruption, Stdio, Store, TemplateSpec, Wake,
+};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+
+use crate::arguments::RunOptions;
+
+/// Exit status of a container that `--timeout` ended, as `timeout(1)` has it.
+const TIMED_OUT: u8 = 124;
+/// So many Ctrl-C, and a container that ignores them is killed.
+const PATIENCE: u32 = 3;
+
+/// Signals that are passed on to the container.
+const FORWARDED: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
+
+/// The last signal that came, and a stream that is readable when one did.
+struct Signals {
+    last: Arc<AtomicUsize>,
+    wake: UnixStream,
+}
+
+impl Signals {
+    fn watch() -> anyhow::Result<Self> {
+        let last = Arc::new(AtomicUsize::new(0));
+        let (wake, raise) = UnixStream::pair().context("cannot create a socket pair")?;
+        wake.set_nonblocking(true).context("cannot set up a socket pair")?;
+        for signal in FORWARDED {
+            let register = || -> std::io::Result<()> {
+                let number = usize::try_from(signal).unwrap_or(0);
+                signal_hook::flag::register_usize(signal, last.clone(), number)?;
+                signal_hook::low_level::pipe::register(signal, raise.try_clone()?)?;
+                Ok(())
+            };
+            register().with_context(|| format!("cannot handle signal {signal}"))?;
+        }
+        Ok(Self { last, wake })
+    }
+
+    fn take(&self) -> Option<u8> {
+        let mut bytes = [0u8; 64];
+        while matches!((&self.wake).read(&mut bytes), Ok(count) if count > 0) {}
+        u8::try_from(self.last.swap(0, Ordering::SeqCst)).ok().filter(|signal| *signal != 0)
+    }
+}
+
+pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
+    let deadline = options.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    // Before any machine: a Ctrl-C from here on is the container's.
+    let store = Store::open_default()?;
+    let spec = TemplateSpec {
+        image: store.image(&options.image)?,
+        memory_mib: options.machine.memory,
+        vcpus: options.machine.cpus,
+    };
+    let template = store.template(&spec, &mut |progress| eprintln!("picovm: {progress}"))?;
+
+    let signals = Signals::watch()?;
+    let console_log = match &options.console_log {
+        Some(path) => Some(
+            File::create(path).with_context(|| format!("cannot write the console log {}", path.display()))?,
+        ),
+        None => None,
+    };
+    let container = Container::start(
+        &template,
+        &ContainerOptions {
+            args: options.command.clone(),
+            env: environment(&options.env),
+            workdir: options.workdir.clone(),
+            user: options.user.clone(),
+            hostname: options.hostname.clone(),
+            stdin: options.interactive,
+            console_log,
+        },
+    )?;
+
+    let mut interrupts = 0;
+    let mut timed_out = false;
+    let mut interrupted = |wake: Wake| match wake {
+        Wake::Deadline => {
+            timed_out = true;
+            Some(Interruption::Kill(SIGKILL as u8))
+        }
+        Wake::Descriptor => signals.take().map(|signal| {
+            interrupts += u32::from(i32::from(signal) == SIGINT);
+            if interrupts >= PATIENCE { Interruption::Kill(SIGKILL as u8) } else { Interruption::Signal(signal) }
+        }),
+    };
+    let stdio = Stdio { wake: Some(signals.wake.as_fd()), deadline, ..Stdio::inherit() };
+    let exit = container.attach(stdio, &mut interrupted)?;
+    if let ContainerExit::NotStarted(failure) = &exit {
+        eprintln!("picovm: cannot {}: {}", failure.attempted, failure.message);
+    }
+    Ok(ExitCode::from(if timed_out { TIMED_OUT } else { exit.shell_status() }))
+}
+
+/// `NAME=value` as it is, and `NAME` with its value here if it has one, as Docker has it.
+fn environment(arguments: &[OsString]) -> Vec<OsString> {
+    arguments
+        .iter()
+        .filter_map(|argument| {
+            if argument.as_bytes().contains(&b'=') {
+                return Some(argument.clone());
+            }
+            let mut pair = argument.clone();
+            pair.push("=");
+            pair.push(std::env::var_os(argument)?);
+            Some(pair)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_name_takes_its_value_from_here_or_is_left_out() {
+        let path = std::env::var("PATH").unwrap();
+        let list = environment(&["A=1".into(), "PATH".into(), "PICOVM_NOT_SET".into(), "B=".into()]);
+        assert_eq!(list, ["A=1".into(), OsString::from(format!("PATH={path}")), "B=".into()]);
+    }
+}

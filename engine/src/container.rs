@@ -1,0 +1,149 @@
+//! A container: a clone with an identity, and the session with its agent.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::net::UnixStream;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use picovm_guest_protocol::{ContainerSpec, Identity, IdentityError};
+use picovm_vmm::{ForkOptions, Machine, Outcome, Template};
+
+use crate::error::EngineError;
+use crate::session::Session;
+
+/// What to run and how.
+#[derive(Debug, Default)]
+pub struct ContainerOptions {
+    /// Program and arguments.
+    pub args: Vec<OsString>,
+    /// Environment as `NAME=value`.
+    pub env: Vec<OsString>,
+    /// Working directory in the container; `/` if empty.
+    pub workdir: OsString,
+    /// `user[:group]` by name or number; root if empty.
+    pub user: OsString,
+    /// Host name; the container's id if there is none.
+    pub hostname: Option<String>,
+    /// Whether standard input is connected.
+    pub stdin: bool,
+    /// Where the guest's console output goes, beside the tail that is kept in memory.
+    pub console_log: Option<File>,
+}
+
+impl ContainerOptions {
+    /// A command with everything else by default.
+    #[must_use]
+    pub fn command<I>(args: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<OsString>,
+    {
+        Self { args: args.into_iter().map(Into::into).collect(), ..Self::default() }
+    }
+
+    fn spec(&self) -> ContainerSpec {
+        let bytes = |strings: &[OsString]| strings.iter().map(|string| string.clone().into_vec()).collect();
+        ContainerSpec {
+            args: bytes(&self.args),
+            env: bytes(&self.env),
+            cwd: self.workdir.clone().into_vec(),
+            user: self.user.clone().into_vec(),
+            stdin: self.stdin,
+        }
+    }
+}
+
+/// A container that runs. Dropping it ends its clone and leaves nothing.
+pub struct Container {
+    pub(crate) machine: Machine,
+    pub(crate) connection: UnixStream,
+    pub(crate) session: Session,
+    pub(crate) stdin: bool,
+    id: String,
+}
+
+impl Container {
+    /// Forks a clone, gives it its identity and lets it run.
+    ///
+    /// # Errors
+    /// [`EngineError::Template`], [`EngineError::Machine`] for what the host refuses.
+    pub fn start(template: &Template, options: &ContainerOptions) -> Result<Self, EngineError> {
+        let mut entropy = [0u8; 32];
+        fill_random(&mut entropy)?;
+        let mut id = [0u8; 6];
+        fill_random(&mut id)?;
+        let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+
+        let mut identity = Identity {
+            hostname: options.hostname.clone().unwrap_or_else(|| id.clone()),
+            id: id.clone(),
+            entropy,
+            realtime_ns: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)),
+            container: Some(options.spec()),
+        };
+        let mut session = Session::default();
+        let bytes = match identity.encode(template.identity_area()) {
+            Err(IdentityError::TooLarge { .. }) => {
+                // It goes over the connection instead: slower, but as large as exec takes.
+                if let Some(spec) = identity.container.take() {
+                    session.send_spec(&spec)?;
+                }
+                identity.encode(template.identity_area())
+            }
+            encoded => encoded,
+        }
+        .map_err(|error| EngineError::host("encode the clone's identity")(io::Error::other(error)))?;
+
+        let fork = ForkOptions {
+            identity: bytes,
+            disks: Vec::new(),
+            console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
+        };
+        let mut machine = template.fork(fork)?;
+        let connection = machine
+            .take_connection()
+            .ok_or_else(|| EngineError::host("connect to the clone")(io::ErrorKind::NotConnected.into()))?;
+        connection
+            .set_nonblocking(true)
+            .map_err(EngineError::host("set up the control connection"))?;
+        machine.start()?;
+        Ok(Self { machine, connection, session, stdin: options.stdin, id })
+    }
+
+    /// Its id, 12 hexadecimal digits.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The machine that it runs in.
+    #[must_use]
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// The error for a clone that has ended before its container told how it ended.
+    pub(crate) fn ended(&mut self) -> EngineError {
+        let reason = match self.machine.wait(Some(std::time::Duration::ZERO)) {
+            Ok(Some(Outcome::FreezePoint)) => "it went back to its freeze point".to_owned(),
+            Ok(Some(outcome)) => outcome.to_string(),
+            Ok(None) => "it closed its control connection".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        EngineError::CloneEnded { reason, tail: self.machine.console_tail() }
+    }
+}
+
+fn fill_random(bytes: &mut [u8]) -> Result<(), EngineError> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let filled = rustix::rand::getrandom(&mut *rest, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| EngineError::host("read random bytes")(error.into()))?;
+        rest = rest.get_mut(filled..).unwrap_or_default();
+    }
+    Ok(())
+}

@@ -1,0 +1,131 @@
+//! What can go wrong between a request and its container. The message says what was tried, on what, what happened,
+//! and what to do.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use picovm_guest_protocol::FrameError;
+use picovm_rootfs::image::ImageError;
+use picovm_vmm::{MachineError, TemplateError};
+
+/// Why the engine could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// A file of the store.
+    #[error("cannot {attempted} {}: {source}", path.display())]
+    Store {
+        /// `read`, `create`, ...
+        attempted: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// What happened.
+        source: io::Error,
+    },
+    /// A record of the store is not what was written.
+    #[error("the store's record {} cannot be read: {reason}. Remove it and build the image again", path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// No such image.
+    #[error("there is no image named {name}. `picovm image ls` lists those that there are, `picovm image build {name} DIR|TAR` makes one")]
+    NoImage {
+        /// The name.
+        name: String,
+    },
+    /// The image's file is gone.
+    #[error("the file of image {name} is missing ({}): build the image again with `picovm image build {name} DIR|TAR`", path.display())]
+    ImageFile {
+        /// The name.
+        name: String,
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// Not a name.
+    #[error("{name:?} is not a name for an image: use 1 to 128 of a-z, A-Z, 0-9, `.`, `_`, `-`, `:`, starting with a letter or digit")]
+    ImageName {
+        /// What was given.
+        name: String,
+    },
+    /// No such template.
+    #[error("there is no template {id}. `picovm template ls` lists those that there are")]
+    NoTemplate {
+        /// What was given.
+        id: String,
+    },
+    /// More than one template.
+    #[error("{id} begins the id of more than one template: give more of it")]
+    AmbiguousTemplate {
+        /// What was given.
+        id: String,
+    },
+    /// Kernel or initramfs are not where they should be.
+    #[error("{what} is not there: looked for {}. `make build` puts it beside the picovm binary; PICOVM_GUEST names another directory", looked.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "))]
+    NoGuest {
+        /// `the pico kernel (vmlinux)` or the initramfs.
+        what: &'static str,
+        /// Where it was looked for.
+        looked: Vec<PathBuf>,
+    },
+    /// Building an image.
+    #[error("cannot build the image {name}: {source}")]
+    Image {
+        /// Its name.
+        name: String,
+        /// Why.
+        source: ImageError,
+    },
+    /// The parent did not reach its freeze point.
+    #[error("cannot build the template: the guest did not reach its freeze point: {reason}{}", console(tail))]
+    NotFrozen {
+        /// What it did instead.
+        reason: String,
+        /// Its last console output.
+        tail: String,
+    },
+    /// Making a machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The clone ended, its container did not.
+    #[error("the clone ended before its container: {reason}{}", console(tail))]
+    CloneEnded {
+        /// What it did.
+        reason: String,
+        /// Its last console output.
+        tail: String,
+    },
+    /// What the agent sends makes no sense.
+    #[error("the clone's agent broke the protocol: {0}")]
+    Protocol(#[from] FrameError),
+    /// The agent sends more than it has credit for.
+    #[error("the clone's agent sent more than it may")]
+    Credit,
+    /// Something of the host failed.
+    #[error("cannot {attempted}: {source}")]
+    Host {
+        /// What was attempted.
+        attempted: &'static str,
+        /// What happened.
+        source: io::Error,
+    },
+}
+
+fn console(tail: &str) -> String {
+    let tail = tail.trim_end();
+    if tail.is_empty() { String::new() } else { format!("\nits last console output:\n{tail}") }
+}
+
+impl EngineError {
+    pub(crate) fn store<'a>(attempted: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + use<'a> {
+        move |source| Self::Store { attempted, path: path.to_owned(), source }
+    }
+
+    pub(crate) fn host(attempted: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Host { attempted, source }
+    }
+}
