@@ -1,2 +1,79 @@
 //! PID 1 of the guest: reaches the freeze point, then becomes the agent.
-fn main() {}
+//!
+//! Read top to bottom, this is the whole life of a guest. Everything before [`agent::serve`] is done once, in the
+//! template; the freeze itself happens in the container stub ([`stub`]), a child that is forked ahead so that a
+//! clone's first instructions are already those of its container.
+
+mod accounts;
+mod agent;
+mod console;
+mod control;
+mod error;
+mod identity;
+mod mounts;
+mod rehearsal;
+mod start;
+mod streams;
+mod stub;
+#[cfg(test)]
+mod tests;
+mod trap;
+
+use accounts::Accounts;
+use error::InitError;
+use identity::{IdentityArea, Machine};
+use trap::Trap;
+
+fn main() {
+    if std::process::id() != 1 {
+        eprintln!("picovm-init is PID 1 of a picovm guest and does nothing anywhere else");
+        std::process::exit(1);
+    }
+    let trap = match mounts::kernel_file_systems().and_then(|()| Trap::map()) {
+        Ok(trap) => trap,
+        Err(error) => {
+            console::report(&error);
+            // There is no trap to say it through: a reset is what every VMM notices.
+            restart();
+        }
+    };
+    match live(&trap) {
+        Ok(()) => trap.power_off(0),
+        Err(error) => {
+            console::report(&error);
+            trap.power_off(1)
+        }
+    }
+}
+
+fn live(trap: &Trap) -> Result<(), InitError> {
+    mounts::enter_root_file_system()?;
+    mounts::populate_root_file_system()?;
+    mounts::loopback_up()?;
+    let control = control::open_port()?;
+    mounts::hide_machine()?;
+    let area = IdentityArea::allocate()?;
+    let accounts = Accounts::read();
+    let machine = Machine::open()?;
+    agent::shield_from_oom()?;
+    stub::block_child_signal()?;
+
+    rehearsal::run(&accounts)?;
+    let container = stub::fork(&accounts, || {
+        stub::confine()?;
+        machine.rehearse()?;
+        stub::wait_until_asleep(rustix::process::Pid::INIT)?;
+        let identity = area.freeze_until_cloned(trap)?;
+        machine.become_clone(&identity)?;
+        Ok(identity.container)
+    })?;
+    agent::serve(control, container)?;
+    Ok(())
+}
+
+fn restart() -> ! {
+    let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
+    loop {
+        std::thread::park();
+    }
+}

@@ -1,0 +1,379 @@
+//! The container's streams and the control connection's two directions, each with what it has buffered and may send.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+
+use picovm_guest_protocol::frame::{DATA_MAX, HEADER_SIZE, INITIAL_CREDIT, encode_data};
+use picovm_guest_protocol::{Frame, FrameError, Stream};
+use rustix::io::Errno;
+
+/// Unsent bytes from which on nothing more is read from the container.
+const OUTGOING_HIGH: usize = 64 << 10;
+/// Largest data frame with its header: the virtio-console driver takes that many bytes in one write.
+const CHUNK: usize = DATA_MAX - HEADER_SIZE;
+
+/// Bytes on their way to the host.
+pub struct Outgoing {
+    bytes: Vec<u8>,
+    sent: usize,
+    /// Whether the connection may take bytes; set by its readiness, cleared when it refuses.
+    pub writable: bool,
+}
+
+impl Outgoing {
+    /// An empty buffer, its memory already present.
+    pub fn new() -> Self {
+        let mut bytes = vec![1; 2 * OUTGOING_HIGH];
+        bytes.clear();
+        Self {
+            bytes,
+            sent: 0,
+            writable: true,
+        }
+    }
+
+    /// Appends a frame.
+    pub fn push(&mut self, frame: &Frame) -> Result<(), FrameError> {
+        frame.encode(&mut self.bytes)
+    }
+
+    /// Whether all has been sent.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.len() == self.sent
+    }
+
+    fn has_room(&self) -> bool {
+        self.bytes.len() - self.sent < OUTGOING_HIGH
+    }
+
+    /// Writes as much as the connection takes.
+    pub fn flush(&mut self, connection: &OwnedFd) -> rustix::io::Result<()> {
+        while self.writable && !self.is_empty() {
+            match rustix::io::write(connection, self.bytes.get(self.sent..).unwrap_or_default()) {
+                Ok(count) => self.sent += count,
+                Err(Errno::AGAIN) => self.writable = false,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if self.is_empty() {
+            self.bytes.clear();
+            self.sent = 0;
+        } else if self.sent >= OUTGOING_HIGH {
+            self.bytes.drain(..self.sent);
+            self.sent = 0;
+        }
+        Ok(())
+    }
+}
+
+/// Standard output or standard error: from a pipe to the host, within the host's credit.
+pub struct Output {
+    stream: Stream,
+    pipe: Option<OwnedFd>,
+    credit: u32,
+    /// Whether the pipe may have bytes; set by its readiness, cleared when it is empty.
+    pub readable: bool,
+    /// Whether its last writer has gone: no event will come again, so it is read to its end.
+    hung_up: bool,
+}
+
+impl Output {
+    /// The stream of this pipe.
+    pub fn new(stream: Stream, pipe: OwnedFd) -> Self {
+        Self {
+            stream,
+            pipe: Some(pipe),
+            credit: INITIAL_CREDIT,
+            readable: false,
+            hung_up: false,
+        }
+    }
+
+    /// Takes an event of the pipe.
+    pub fn note(&mut self, hung_up: bool) {
+        self.readable = true;
+        self.hung_up |= hung_up;
+    }
+
+    /// Whether the end of the stream was reached and queued for the host.
+    pub fn is_closed(&self) -> bool {
+        self.pipe.is_none()
+    }
+
+    /// Takes credit from the host; `false` if the sum is impossible.
+    pub fn add_credit(&mut self, bytes: u32) -> bool {
+        match self.credit.checked_add(bytes) {
+            Some(credit) => self.credit = credit,
+            None => return false,
+        }
+        true
+    }
+
+    /// Whether bytes could move now.
+    pub fn can_move(&self, outgoing: &Outgoing) -> bool {
+        self.pipe.is_some() && self.readable && self.credit > 0 && outgoing.has_room()
+    }
+
+    /// Moves what is there, as far as credit and the outgoing buffer allow.
+    pub fn pump(&mut self, outgoing: &mut Outgoing, scratch: &mut [u8]) -> Result<(), FrameError> {
+        while self.can_move(outgoing) {
+            let Some(pipe) = &self.pipe else { break };
+            let limit = CHUNK.min(self.credit as usize).min(scratch.len());
+            let buffer = scratch.get_mut(..limit).unwrap_or_default();
+            match rustix::io::read(pipe, &mut *buffer) {
+                // The end, or an error that a pipe cannot have: no more bytes either way.
+                Ok(0) => return self.close(outgoing),
+                Ok(count) => {
+                    encode_data(
+                        self.stream,
+                        buffer.get(..count).unwrap_or_default(),
+                        &mut outgoing.bytes,
+                    )?;
+                    self.credit = self
+                        .credit
+                        .saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
+                    // A pipe gives all it has: less than asked for means empty, and the next byte is a new event.
+                    self.readable = count == limit || self.hung_up;
+                }
+                Err(Errno::AGAIN) => self.readable = false,
+                Err(Errno::INTR) => {}
+                Err(_) => return self.close(outgoing),
+            }
+        }
+        // The end needs no credit.
+        let is_empty = |pipe| rustix::io::ioctl_fionread(pipe).is_ok_and(|bytes| bytes == 0);
+        if self.hung_up && self.credit == 0 && self.pipe.as_ref().is_some_and(is_empty) {
+            return self.close(outgoing);
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, outgoing: &mut Outgoing) -> Result<(), FrameError> {
+        self.pipe = None;
+        outgoing.push(&Frame::Close(self.stream))
+    }
+}
+
+/// Standard input: from the host to a pipe, giving credit back as the pipe takes bytes.
+pub struct Input {
+    pipe: Option<OwnedFd>,
+    buffer: VecDeque<u8>,
+    closed_by_host: bool,
+    /// Whether the pipe may take bytes; set by its readiness, cleared when it is full.
+    pub writable: bool,
+}
+
+/// The host sent what it must not.
+#[derive(Debug, PartialEq, Eq)]
+pub enum InputViolation {
+    /// More bytes than it has credit for.
+    BeyondCredit,
+    /// Bytes or an end after the end.
+    AfterClose,
+}
+
+impl Input {
+    /// The stream into this pipe.
+    pub fn new(pipe: OwnedFd) -> Self {
+        Self {
+            pipe: Some(pipe),
+            buffer: VecDeque::new(),
+            closed_by_host: false,
+            writable: true,
+        }
+    }
+
+    /// Takes bytes from the host.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), InputViolation> {
+        if self.closed_by_host {
+            return Err(InputViolation::AfterClose);
+        }
+        if self.buffer.len() + bytes.len() > INITIAL_CREDIT as usize {
+            return Err(InputViolation::BeyondCredit);
+        }
+        self.buffer.extend(bytes);
+        Ok(())
+    }
+
+    /// The host's end of the stream: the pipe is closed once the buffer is written.
+    pub fn close(&mut self) -> Result<(), InputViolation> {
+        if self.closed_by_host {
+            return Err(InputViolation::AfterClose);
+        }
+        self.closed_by_host = true;
+        Ok(())
+    }
+
+    /// Nobody will read any more: what is there and what will come is discarded.
+    pub fn abandon(&mut self) {
+        self.pipe = None;
+    }
+
+    /// Writes what the pipe takes and gives credit for it.
+    pub fn pump(&mut self, outgoing: &mut Outgoing) -> Result<(), FrameError> {
+        let mut consumed = 0usize;
+        while let Some(pipe) = self.pipe.as_ref().filter(|_| self.writable) {
+            let (bytes, _) = self.buffer.as_slices();
+            if bytes.is_empty() {
+                break;
+            }
+            match rustix::io::write(pipe, bytes) {
+                Ok(count) => {
+                    // A pipe takes all it can: less than offered means full, and room is a new event.
+                    self.writable = count == bytes.len();
+                    self.buffer.drain(..count);
+                    consumed += count;
+                }
+                Err(Errno::AGAIN) => self.writable = false,
+                Err(Errno::INTR) => {}
+                // The container has closed its end.
+                Err(_) => self.pipe = None,
+            }
+        }
+        if self.pipe.is_none() {
+            consumed += self.buffer.len();
+            self.buffer.clear();
+        }
+        if self.closed_by_host && self.buffer.is_empty() {
+            self.pipe = None;
+        }
+        match u32::try_from(consumed) {
+            Ok(0) | Err(_) => Ok(()),
+            Ok(bytes) => outgoing.push(&Frame::Credit(Stream::Stdin, bytes)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use picovm_guest_protocol::FrameDecoder;
+    use rustix::pipe::{PipeFlags, pipe_with};
+
+    fn pipe() -> (OwnedFd, OwnedFd) {
+        pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap()
+    }
+
+    fn frames(outgoing: &mut Outgoing) -> Vec<Frame> {
+        let mut decoder = FrameDecoder::default();
+        decoder.push(&outgoing.bytes);
+        outgoing.bytes.clear();
+        std::iter::from_fn(|| decoder.next_frame().unwrap()).collect()
+    }
+
+    #[test]
+    fn output_stops_at_the_end_of_its_credit_and_goes_on_with_more() {
+        let _no_fork = crate::tests::no_fork();
+        let (read, write) = pipe();
+        let mut output = Output::new(Stream::Stdout, read);
+        output.credit = 3;
+        output.readable = true;
+        rustix::io::write(&write, b"hello").unwrap();
+        let mut outgoing = Outgoing::new();
+        let mut scratch = [0; 100];
+        output.pump(&mut outgoing, &mut scratch).unwrap();
+        assert_eq!(
+            frames(&mut outgoing),
+            [Frame::Data(Stream::Stdout, b"hel".to_vec())]
+        );
+        assert!(!output.can_move(&outgoing));
+
+        assert!(output.add_credit(10));
+        drop(write);
+        output.pump(&mut outgoing, &mut scratch).unwrap();
+        assert_eq!(
+            frames(&mut outgoing),
+            [Frame::Data(Stream::Stdout, b"lo".to_vec())]
+        );
+        output.readable = true;
+        output.pump(&mut outgoing, &mut scratch).unwrap();
+        assert_eq!(frames(&mut outgoing), [Frame::Close(Stream::Stdout)]);
+        assert!(output.is_closed());
+    }
+
+    #[test]
+    fn an_end_that_came_while_there_was_no_credit_is_not_forgotten() {
+        let _no_fork = crate::tests::no_fork();
+        let (read, write) = pipe();
+        let mut output = Output::new(Stream::Stderr, read);
+        output.credit = 0;
+        rustix::io::write(&write, b"last words").unwrap();
+        drop(write);
+        // The only event that there will be.
+        output.note(true);
+        let mut outgoing = Outgoing::new();
+        output.pump(&mut outgoing, &mut [0; 100]).unwrap();
+        assert_eq!(frames(&mut outgoing), []);
+        output.add_credit(1000);
+        output.pump(&mut outgoing, &mut [0; 100]).unwrap();
+        let expected = [
+            Frame::Data(Stream::Stderr, b"last words".to_vec()),
+            Frame::Close(Stream::Stderr),
+        ];
+        assert_eq!(frames(&mut outgoing), expected);
+    }
+
+    #[test]
+    fn the_end_needs_no_credit() {
+        let _no_fork = crate::tests::no_fork();
+        let (read, write) = pipe();
+        let mut output = Output::new(Stream::Stdout, read);
+        output.credit = 0;
+        drop(write);
+        output.note(true);
+        let mut outgoing = Outgoing::new();
+        output.pump(&mut outgoing, &mut [0; 100]).unwrap();
+        assert_eq!(frames(&mut outgoing), [Frame::Close(Stream::Stdout)]);
+    }
+
+    #[test]
+    fn credit_that_overflows_is_refused() {
+        let (read, _write) = pipe();
+        assert!(!Output::new(Stream::Stderr, read).add_credit(u32::MAX));
+    }
+
+    #[test]
+    fn input_gives_credit_for_what_the_pipe_took_and_closes_after_the_last_byte() {
+        let (read, write) = pipe();
+        rustix::pipe::fcntl_setpipe_size(&write, 4096).unwrap();
+        let mut input = Input::new(write);
+        let mut outgoing = Outgoing::new();
+        input.push(&[7; 5000]).unwrap();
+        input.close().unwrap();
+        input.pump(&mut outgoing).unwrap();
+        assert_eq!(frames(&mut outgoing), [Frame::Credit(Stream::Stdin, 4096)]);
+        assert!(input.pipe.is_some() && !input.writable);
+
+        let mut bytes = [0; 8192];
+        assert_eq!(rustix::io::read(&read, &mut bytes).unwrap(), 4096);
+        input.writable = true;
+        input.pump(&mut outgoing).unwrap();
+        assert_eq!(frames(&mut outgoing), [Frame::Credit(Stream::Stdin, 904)]);
+        assert!(input.pipe.is_none());
+        assert_eq!(input.push(b"more"), Err(InputViolation::AfterClose));
+        assert_eq!(input.close(), Err(InputViolation::AfterClose));
+    }
+
+    #[test]
+    fn input_that_nobody_reads_is_discarded_with_credit() {
+        let _no_fork = crate::tests::no_fork();
+        let (read, write) = pipe();
+        drop(read);
+        let mut input = Input::new(write);
+        let mut outgoing = Outgoing::new();
+        for _ in 0..2 {
+            input.push(&[7; 5000]).unwrap();
+            input.pump(&mut outgoing).unwrap();
+            assert_eq!(frames(&mut outgoing), [Frame::Credit(Stream::Stdin, 5000)]);
+        }
+    }
+
+    #[test]
+    fn input_beyond_the_credit_is_a_violation() {
+        let (_read, write) = pipe();
+        let mut input = Input::new(write);
+        input.push(&vec![0; INITIAL_CREDIT as usize]).unwrap();
+        assert_eq!(input.push(&[0]), Err(InputViolation::BeyondCredit));
+    }
+}
