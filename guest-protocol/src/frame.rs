@@ -84,7 +84,8 @@ pub enum Frame {
     Spec(ContainerSpec),
     /// Bytes of a stream, at most [`DATA_MAX`] as this crate sends them.
     Data(Stream, Vec<u8>),
-    /// No more bytes will follow on this stream.
+    /// From the sender of a stream: no more bytes will follow on it. From the receiver (host to guest, of an output):
+    /// nobody reads it any more, so the container's next write to it is to fail.
     Close(Stream),
     /// The receiver of this stream can take so many more bytes.
     Credit(Stream, u32),

@@ -240,9 +240,9 @@ impl Agent {
                 self.signal(signal);
                 Ok(())
             }
-            Frame::Data(..) | Frame::Close(_) => {
-                Err(AgentError::Protocol("sent a stream that is the container's"))
-            }
+            Frame::Close(Stream::Stdout) => Ok(self.stdout.abandon(&mut self.outgoing)?),
+            Frame::Close(Stream::Stderr) => Ok(self.stderr.abandon(&mut self.outgoing)?),
+            Frame::Data(..) => Err(AgentError::Protocol("sent a stream that is the container's")),
             Frame::Credit(..) => Err(AgentError::Protocol("gave credit for a stream that is its own")),
             Frame::Exit(_) => Err(AgentError::Protocol("sent an exit status")),
         }

@@ -149,6 +149,16 @@ impl Output {
         Ok(())
     }
 
+    /// Nobody on the host reads this stream any more: the container's next write to it ends in `SIGPIPE` or `EPIPE`, as
+    /// it would without a VM in between.
+    pub fn abandon(&mut self, outgoing: &mut Outgoing) -> Result<(), FrameError> {
+        if self.is_closed() {
+            Ok(())
+        } else {
+            self.close(outgoing)
+        }
+    }
+
     fn close(&mut self, outgoing: &mut Outgoing) -> Result<(), FrameError> {
         self.pipe = None;
         outgoing.push(&Frame::Close(self.stream))

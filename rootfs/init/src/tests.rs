@@ -583,10 +583,17 @@ fn what_to_run_may_come_over_the_connection_however_large() {
 }
 
 #[test]
+fn a_writer_whose_output_nobody_reads_any_more_gets_sigpipe() {
+    let mut host = Host::start(Some(program("yes")));
+    host.until(|host| !host.stdout.is_empty());
+    host.send(&Frame::Close(Stream::Stdout));
+    assert_eq!(host.exit(), ContainerExit::Signal(13));
+}
+
+#[test]
 fn a_host_that_breaks_the_protocol_is_left() {
     let wrong = [
         Frame::Data(Stream::Stdout, vec![1]),
-        Frame::Close(Stream::Stderr),
         Frame::Credit(Stream::Stdin, 1),
         Frame::Credit(Stream::Stdout, u32::MAX),
         Frame::Exit(ContainerExit::Code(0)),
