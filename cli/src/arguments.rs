@@ -52,8 +52,10 @@ pub struct MachineOptions {
 }
 
 #[derive(Args)]
-#[command(after_help = "The exit status is that of the command; 128 + N if signal N ended it; 127 if it does not exist; \
-126 if it cannot be executed; 125 if picovm itself failed; 124 if --timeout ended it.")]
+#[command(
+    after_help = "The exit status is that of the command; 128 + N if signal N ended it; 127 if it does not exist; \
+126 if it cannot be executed; 125 if picovm itself failed; 124 if --timeout ended it."
+)]
 pub struct RunOptions {
     #[command(flatten)]
     pub machine: MachineOptions,
@@ -142,21 +144,32 @@ pub enum TemplateCommand {
 /// Whole MiB from a size as Docker takes it.
 fn parse_memory(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
-    let number: u64 = digits.parse().map_err(|_| "a size is a number with b, k, m or g".to_owned())?;
-    let unit: u64 = match text.get(digits.len()..).unwrap_or_default().to_ascii_lowercase().as_str() {
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "a size is a number with b, k, m or g".to_owned())?;
+    let unit: u64 = match text
+        .get(digits.len()..)
+        .unwrap_or_default()
+        .to_ascii_lowercase()
+        .as_str()
+    {
         "" | "b" => 1,
         "k" | "kb" | "kib" => 1 << 10,
         "m" | "mb" | "mib" => 1 << 20,
         "g" | "gb" | "gib" => 1 << 30,
         other => return Err(format!("{other:?} is no unit: use b, k, m or g")),
     };
-    let bytes = number.checked_mul(unit).ok_or_else(|| "this is more than any machine has".to_owned())?;
+    let bytes = number
+        .checked_mul(unit)
+        .ok_or_else(|| "this is more than any machine has".to_owned())?;
     Ok(bytes >> 20)
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
-    let number: u64 = digits.parse().map_err(|_| "a time is a number with ms, s, m or h".to_owned())?;
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "a time is a number with ms, s, m or h".to_owned())?;
     let milliseconds: u64 = match text.get(digits.len()..).unwrap_or_default() {
         "ms" => 1,
         "" | "s" => 1000,
@@ -164,7 +177,9 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         "h" => 3_600_000,
         other => return Err(format!("{other:?} is no unit: use ms, s, m or h")),
     };
-    let total = number.checked_mul(milliseconds).ok_or_else(|| "this time is too long".to_owned())?;
+    let total = number
+        .checked_mul(milliseconds)
+        .ok_or_else(|| "this time is too long".to_owned())?;
     Ok(Duration::from_millis(total))
 }
 
@@ -204,7 +219,9 @@ mod tests {
     #[test]
     fn options_of_the_command_are_the_command_s() {
         let cli = Cli::try_parse_from(["picovm", "run", "-m", "64m", "debian", "ls", "-l", "--all"]).unwrap();
-        let Command::Run(options) = cli.command else { panic!("not run") };
+        let Command::Run(options) = cli.command else {
+            panic!("not run")
+        };
         assert_eq!(options.command, ["ls", "-l", "--all"]);
         assert_eq!(options.machine.memory, 64);
     }

@@ -38,7 +38,9 @@ pub fn size(bytes: u64) -> String {
 
 /// How long ago a time in seconds since 1970 was.
 pub fn age(seconds: u64) -> String {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
     let ago = now.saturating_sub(seconds);
     match ago {
         0..60 => format!("{ago} s ago"),

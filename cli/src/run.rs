@@ -37,7 +37,8 @@ impl Signals {
     fn watch() -> anyhow::Result<Self> {
         let last = Arc::new(AtomicUsize::new(0));
         let (wake, raise) = UnixStream::pair().context("cannot create a socket pair")?;
-        wake.set_nonblocking(true).context("cannot set up a socket pair")?;
+        wake.set_nonblocking(true)
+            .context("cannot set up a socket pair")?;
         for signal in FORWARDED {
             let register = || -> std::io::Result<()> {
                 let number = usize::try_from(signal).unwrap_or(0);
@@ -53,12 +54,16 @@ impl Signals {
     fn take(&self) -> Option<u8> {
         let mut bytes = [0u8; 64];
         while matches!((&self.wake).read(&mut bytes), Ok(count) if count > 0) {}
-        u8::try_from(self.last.swap(0, Ordering::SeqCst)).ok().filter(|signal| *signal != 0)
+        u8::try_from(self.last.swap(0, Ordering::SeqCst))
+            .ok()
+            .filter(|signal| *signal != 0)
     }
 }
 
 pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
-    let deadline = options.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    let deadline = options
+        .timeout
+        .and_then(|timeout| Instant::now().checked_add(timeout));
     // Before any machine: a Ctrl-C from here on is the container's.
     let store = Store::open_default()?;
     let spec = TemplateSpec {
@@ -97,15 +102,27 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         }
         Wake::Descriptor => signals.take().map(|signal| {
             interrupts += u32::from(i32::from(signal) == SIGINT);
-            if interrupts >= PATIENCE { Interruption::Kill(SIGKILL as u8) } else { Interruption::Signal(signal) }
+            if interrupts >= PATIENCE {
+                Interruption::Kill(SIGKILL as u8)
+            } else {
+                Interruption::Signal(signal)
+            }
         }),
     };
-    let stdio = Stdio { wake: Some(signals.wake.as_fd()), deadline, ..Stdio::inherit() };
+    let stdio = Stdio {
+        wake: Some(signals.wake.as_fd()),
+        deadline,
+        ..Stdio::inherit()
+    };
     let exit = container.attach(stdio, &mut interrupted)?;
     if let ContainerExit::NotStarted(failure) = &exit {
         eprintln!("picovm: cannot {}: {}", failure.attempted, failure.message);
     }
-    Ok(ExitCode::from(if timed_out { TIMED_OUT } else { exit.shell_status() }))
+    Ok(ExitCode::from(if timed_out {
+        TIMED_OUT
+    } else {
+        exit.shell_status()
+    }))
 }
 
 /// `NAME=value` as it is, and `NAME` with its value here if it has one, as Docker has it.
@@ -132,6 +149,9 @@ mod tests {
     fn a_bare_name_takes_its_value_from_here_or_is_left_out() {
         let path = std::env::var("PATH").unwrap();
         let list = environment(&["A=1".into(), "PATH".into(), "PICOVM_NOT_SET".into(), "B=".into()]);
-        assert_eq!(list, ["A=1".into(), OsString::from(format!("PATH={path}")), "B=".into()]);
+        assert_eq!(
+            list,
+            ["A=1".into(), OsString::from(format!("PATH={path}")), "B=".into()]
+        );
     }
 }

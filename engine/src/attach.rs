@@ -73,7 +73,12 @@ struct Sink<'fd> {
 
 impl<'fd> Sink<'fd> {
     fn new(stream: Stream, fd: BorrowedFd<'fd>) -> Self {
-        Self { stream, fd, waiting: Vec::new(), broken: false }
+        Self {
+            stream,
+            fd,
+            waiting: Vec::new(),
+            broken: false,
+        }
     }
 
     /// Writes what the descriptor takes without blocking; returns the bytes that went.
@@ -82,7 +87,10 @@ impl<'fd> Sink<'fd> {
         while done < self.waiting.len() {
             // The descriptor is shared with others and so must stay blocking: write only what it says it takes.
             let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
-            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            let now = Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
             match poll(&mut fds, Some(&now)) {
                 Ok(0) | Err(rustix::io::Errno::INTR) => break,
                 Ok(_) => {}
@@ -122,7 +130,10 @@ impl Container {
         stdio: Stdio<'_>,
         interrupted: &mut dyn FnMut(Wake) -> Option<Interruption>,
     ) -> Result<ContainerExit, EngineError> {
-        let mut sinks = [Sink::new(Stream::Stdout, stdio.stdout), Sink::new(Stream::Stderr, stdio.stderr)];
+        let mut sinks = [
+            Sink::new(Stream::Stdout, stdio.stdout),
+            Sink::new(Stream::Stderr, stdio.stderr),
+        ];
         let mut stdin_open = self.stdin;
         let mut deadline = stdio.deadline;
         let mut exit: Option<ContainerExit> = None;
@@ -161,18 +172,38 @@ impl Container {
                     PollFlags::IN | PollFlags::OUT
                 };
                 let live = exit.is_none();
-                fds.push((Source::Connection, PollFd::new(&self.connection, connection), live));
-                fds.push((Source::Stopped, PollFd::new(&stopped, PollFlags::IN), live && !ended));
+                fds.push((
+                    Source::Connection,
+                    PollFd::new(&self.connection, connection),
+                    live,
+                ));
+                fds.push((
+                    Source::Stopped,
+                    PollFd::new(&stopped, PollFlags::IN),
+                    live && !ended,
+                ));
                 let read_stdin = live && stdin_open && self.session.stdin_room() > 0;
-                fds.push((Source::Stdin, PollFd::new(&stdio.stdin, PollFlags::IN), read_stdin));
+                fds.push((
+                    Source::Stdin,
+                    PollFd::new(&stdio.stdin, PollFlags::IN),
+                    read_stdin,
+                ));
                 for sink in &sinks {
-                    fds.push((Source::Sink, PollFd::new(&sink.fd, PollFlags::OUT), !sink.waiting.is_empty()));
+                    fds.push((
+                        Source::Sink,
+                        PollFd::new(&sink.fd, PollFlags::OUT),
+                        !sink.waiting.is_empty(),
+                    ));
                 }
                 if let Some(wake) = &stdio.wake {
                     fds.push((Source::Wake, PollFd::new(wake, PollFlags::IN), true));
                 }
                 // What a clone that has ended said last comes in without delay.
-                let patience = if ended && live { Some(Instant::now() + LAST_WORDS) } else { deadline };
+                let patience = if ended && live {
+                    Some(Instant::now() + LAST_WORDS)
+                } else {
+                    deadline
+                };
                 wait(fds, patience)?
             };
 
@@ -215,7 +246,9 @@ impl Container {
         while let Some(event) = self.session.next_event()? {
             match event {
                 Event::Output(stream, bytes) => {
-                    let Some(sink) = sinks.iter_mut().find(|sink| sink.stream == stream) else { continue };
+                    let Some(sink) = sinks.iter_mut().find(|sink| sink.stream == stream) else {
+                        continue;
+                    };
                     if sink.broken {
                         self.session.consumed(stream, bytes.len());
                     } else {
@@ -306,10 +339,7 @@ enum Source {
 }
 
 /// Waits for those that are wanted, until the deadline; returns those that are ready.
-fn wait(
-    fds: Vec<(Source, PollFd<'_>, bool)>,
-    deadline: Option<Instant>,
-) -> Result<Vec<Source>, EngineError> {
+fn wait(fds: Vec<(Source, PollFd<'_>, bool)>, deadline: Option<Instant>) -> Result<Vec<Source>, EngineError> {
     let (sources, mut fds): (Vec<Source>, Vec<PollFd<'_>>) = fds
         .into_iter()
         .filter(|(_, _, wanted)| *wanted)

@@ -5,10 +5,11 @@ use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use picovm_guest_protocol::{ContainerSpec, Identity, IdentityError};
 use picovm_vmm::{ForkOptions, Machine, Outcome, Template};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::error::EngineError;
 use crate::session::Session;
@@ -40,7 +41,10 @@ impl ContainerOptions {
         I: IntoIterator,
         I::Item: Into<OsString>,
     {
-        Self { args: args.into_iter().map(Into::into).collect(), ..Self::default() }
+        Self {
+            args: args.into_iter().map(Into::into).collect(),
+            ..Self::default()
+        }
     }
 
     fn spec(&self) -> ContainerSpec {
@@ -111,7 +115,13 @@ impl Container {
             .set_nonblocking(true)
             .map_err(EngineError::host("set up the control connection"))?;
         machine.start()?;
-        Ok(Self { machine, connection, session, stdin: options.stdin, id })
+        Ok(Self {
+            machine,
+            connection,
+            session,
+            stdin: options.stdin,
+            id,
+        })
     }
 
     /// Its id, 12 hexadecimal digits.
@@ -126,15 +136,40 @@ impl Container {
         &self.machine
     }
 
+    /// Waits until the container has written something, or has ended. Nothing of it is taken.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if `timeout` passes before.
+    pub fn wait_for_output(&self, timeout: Duration) -> Result<(), EngineError> {
+        let failed = EngineError::host("wait for output of the container");
+        let timeout = Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(timeout.subsec_nanos()),
+        };
+        let stopped = self.machine.stopped_descriptor();
+        let mut fds = [
+            PollFd::new(&self.connection, PollFlags::IN),
+            PollFd::new(&stopped, PollFlags::IN),
+        ];
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(0) => Err(failed(io::ErrorKind::TimedOut.into())),
+            Ok(_) => Ok(()),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
     /// The error for a clone that has ended before its container told how it ended.
     pub(crate) fn ended(&mut self) -> EngineError {
-        let reason = match self.machine.wait(Some(std::time::Duration::ZERO)) {
+        let reason = match self.machine.wait(Some(Duration::ZERO)) {
             Ok(Some(Outcome::FreezePoint)) => "it went back to its freeze point".to_owned(),
             Ok(Some(outcome)) => outcome.to_string(),
             Ok(None) => "it closed its control connection".to_owned(),
             Err(error) => error.to_string(),
         };
-        EngineError::CloneEnded { reason, tail: self.machine.console_tail() }
+        EngineError::CloneEnded {
+            reason,
+            tail: self.machine.console_tail(),
+        }
     }
 }
 

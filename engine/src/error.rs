@@ -30,7 +30,9 @@ pub enum EngineError {
         reason: String,
     },
     /// No such image.
-    #[error("there is no image named {name}. `picovm image ls` lists those that there are, `picovm image build {name} DIR|TAR` makes one")]
+    #[error(
+        "there is no image named {name}. `picovm image ls` lists those that there are, `picovm image build {name} DIR|TAR` makes one"
+    )]
     NoImage {
         /// The name.
         name: String,
@@ -44,7 +46,9 @@ pub enum EngineError {
         path: PathBuf,
     },
     /// Not a name.
-    #[error("{name:?} is not a name for an image: use 1 to 128 of a-z, A-Z, 0-9, `.`, `_`, `-`, `:`, starting with a letter or digit")]
+    #[error(
+        "{name:?} is not a name for an image: use 1 to 128 of a-z, A-Z, 0-9, `.`, `_`, `-`, `:`, starting with a letter or digit"
+    )]
     ImageName {
         /// What was given.
         name: String,
@@ -78,7 +82,10 @@ pub enum EngineError {
         source: ImageError,
     },
     /// The parent did not reach its freeze point.
-    #[error("cannot build the template: the guest did not reach its freeze point: {reason}{}", console(tail))]
+    #[error(
+        "cannot build the template: the guest did not reach its freeze point: {reason}{}",
+        console(tail)
+    )]
     NotFrozen {
         /// What it did instead.
         reason: String,
@@ -117,12 +124,23 @@ pub enum EngineError {
 
 fn console(tail: &str) -> String {
     let tail = tail.trim_end();
-    if tail.is_empty() { String::new() } else { format!("\nits last console output:\n{tail}") }
+    if tail.is_empty() {
+        String::new()
+    } else {
+        format!("\nits last console output:\n{tail}")
+    }
 }
 
 impl EngineError {
-    pub(crate) fn store<'a>(attempted: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + use<'a> {
-        move |source| Self::Store { attempted, path: path.to_owned(), source }
+    pub(crate) fn store<'a>(
+        attempted: &'static str,
+        path: &'a Path,
+    ) -> impl FnOnce(io::Error) -> Self + use<'a> {
+        move |source| Self::Store {
+            attempted,
+            path: path.to_owned(),
+            source,
+        }
     }
 
     pub(crate) fn host(attempted: &'static str) -> impl FnOnce(io::Error) -> Self {

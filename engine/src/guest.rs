@@ -34,7 +34,11 @@ impl GuestFiles {
                 .and_then(|binary| binary.parent().map(Path::to_owned))
                 // Tests and examples lie one directory deeper than the binaries.
                 .map(|beside| {
-                    vec![beside.join("guest"), beside.join("../guest"), beside.join("../lib/picovm")]
+                    vec![
+                        beside.join("guest"),
+                        beside.join("../guest"),
+                        beside.join("../lib/picovm"),
+                    ]
                 })
                 .unwrap_or_default(),
         };
@@ -79,7 +83,9 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named_with_every_place_looked_at() {
-        let error = GuestFiles::find_in(&["/nowhere/a".into(), "/nowhere/b".into()]).unwrap_err().to_string();
+        let error = GuestFiles::find_in(&["/nowhere/a".into(), "/nowhere/b".into()])
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("/nowhere/a/vmlinux, /nowhere/b/vmlinux"));
         assert!(error.contains("make build"));
     }

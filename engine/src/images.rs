@@ -32,11 +32,16 @@ pub struct Image {
 
 fn check_name(name: &str) -> Result<(), EngineError> {
     let allowed = |character: char| character.is_ascii_alphanumeric() || "._-:".contains(character);
-    let starts = name.chars().next().is_some_and(|first| first.is_ascii_alphanumeric());
+    let starts = name
+        .chars()
+        .next()
+        .is_some_and(|first| first.is_ascii_alphanumeric());
     if starts && name.len() <= 128 && name.chars().all(allowed) {
         Ok(())
     } else {
-        Err(EngineError::ImageName { name: name.to_owned() })
+        Err(EngineError::ImageName {
+            name: name.to_owned(),
+        })
     }
 }
 
@@ -69,8 +74,10 @@ impl Store {
             .tempdir_in(self.files())
             .map_err(EngineError::store("create a directory in", &self.files()))?;
         let built = partial.path().join("image.erofs");
-        let info = image::build(source, &built, progress)
-            .map_err(|source| EngineError::Image { name: name.to_owned(), source })?;
+        let info = image::build(source, &built, progress).map_err(|source| EngineError::Image {
+            name: name.to_owned(),
+            source,
+        })?;
         let file = self.image_file(&info.digest);
         if !file.is_file() {
             fs::rename(&built, &file).map_err(EngineError::store("create", &file))?;
@@ -80,7 +87,9 @@ impl Store {
             digest: info.digest,
             bytes: info.size,
             entries: info.entries,
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            created: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
             source: source.to_owned(),
             file,
         };
@@ -102,16 +111,24 @@ impl Store {
         if image.file.is_file() {
             Ok(image)
         } else {
-            Err(EngineError::ImageFile { name: name.to_owned(), path: image.file })
+            Err(EngineError::ImageFile {
+                name: name.to_owned(),
+                path: image.file,
+            })
         }
     }
 
     fn read_record(&self, path: &Path, name: &str) -> Result<Image, EngineError> {
         let bytes = fs::read(path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => EngineError::NoImage { name: name.to_owned() },
+            std::io::ErrorKind::NotFound => EngineError::NoImage {
+                name: name.to_owned(),
+            },
             _ => EngineError::store("read", path)(error),
         })?;
-        let bad = |reason: String| EngineError::Record { path: path.to_owned(), reason };
+        let bad = |reason: String| EngineError::Record {
+            path: path.to_owned(),
+            reason,
+        };
         let mut image: Image = serde_json::from_slice(&bytes).map_err(|error| bad(error.to_string()))?;
         if image.digest.len() != 64 || !image.digest.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Err(bad("its digest is none".into()));
@@ -129,7 +146,12 @@ impl Store {
         let mut images = Vec::new();
         for entry in fs::read_dir(&directory).map_err(EngineError::store("list", &directory))? {
             let path = entry.map_err(EngineError::store("list", &directory))?.path();
-            let Some(name) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".json")) else { continue };
+            let Some(name) = path
+                .file_name()
+                .and_then(|name| name.to_str()?.strip_suffix(".json"))
+            else {
+                continue;
+            };
             if check_name(name).is_ok() {
                 images.push(self.read_record(&path, name)?);
             }
@@ -184,9 +206,15 @@ mod tests {
     fn names_cannot_leave_the_store() {
         let (_directory, store) = store();
         for name in ["", "..", "../x", "a/b", ".hidden", "a b", &"x".repeat(129)] {
-            assert!(matches!(store.image(name), Err(EngineError::ImageName { .. })), "{name:?}");
+            assert!(
+                matches!(store.image(name), Err(EngineError::ImageName { .. })),
+                "{name:?}"
+            );
         }
-        assert!(matches!(store.image("debian:12"), Err(EngineError::NoImage { .. })));
+        assert!(matches!(
+            store.image("debian:12"),
+            Err(EngineError::NoImage { .. })
+        ));
     }
 
     #[test]
@@ -201,16 +229,27 @@ mod tests {
         assert!(second.file.is_file());
         store.remove_image("second").unwrap();
         assert!(!second.file.exists());
-        assert!(matches!(store.remove_image("second"), Err(EngineError::NoImage { .. })));
+        assert!(matches!(
+            store.remove_image("second"),
+            Err(EngineError::NoImage { .. })
+        ));
     }
 
     #[test]
     fn building_again_replaces_and_an_error_keeps_the_old_one() {
         let (directory, store) = store();
-        let old = store.build_image("name", &tree(directory.path(), "old"), &mut |_| {}).unwrap();
-        assert!(store.build_image("name", Path::new("/nowhere"), &mut |_| {}).is_err());
+        let old = store
+            .build_image("name", &tree(directory.path(), "old"), &mut |_| {})
+            .unwrap();
+        assert!(
+            store
+                .build_image("name", Path::new("/nowhere"), &mut |_| {})
+                .is_err()
+        );
         assert_eq!(store.image("name").unwrap(), old);
-        let new = store.build_image("name", &tree(directory.path(), "new"), &mut |_| {}).unwrap();
+        let new = store
+            .build_image("name", &tree(directory.path(), "new"), &mut |_| {})
+            .unwrap();
         assert_ne!(new.digest, old.digest);
         assert!(!old.file.exists());
         assert_eq!(fs::read_dir(store.files()).unwrap().count(), 1);

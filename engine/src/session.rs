@@ -90,8 +90,12 @@ impl Session {
 
     /// Gives credit back for output that has left the host's hands.
     pub fn consumed(&mut self, stream: Stream, bytes: usize) {
-        let Some(credit) = output_index(stream).and_then(|index| self.output_credit.get_mut(index)) else { return };
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(INITIAL_CREDIT.saturating_sub(*credit));
+        let Some(credit) = output_index(stream).and_then(|index| self.output_credit.get_mut(index)) else {
+            return;
+        };
+        let bytes = u32::try_from(bytes)
+            .unwrap_or(u32::MAX)
+            .min(INITIAL_CREDIT.saturating_sub(*credit));
         *credit = credit.saturating_add(bytes);
         // A frame of this size cannot be too large.
         let _ = Frame::Credit(stream, bytes).encode(&mut self.out);
@@ -105,7 +109,9 @@ impl Session {
 
     /// Sends standard input, at most [`Session::stdin_room`] bytes of it; returns how many.
     pub fn send_stdin(&mut self, bytes: &[u8]) -> usize {
-        let part = bytes.get(..bytes.len().min(self.stdin_room())).unwrap_or_default();
+        let part = bytes
+            .get(..bytes.len().min(self.stdin_room()))
+            .unwrap_or_default();
         if part.is_empty() || encode_data(Stream::Stdin, part, &mut self.out).is_err() {
             return 0;
         }
@@ -161,8 +167,14 @@ mod tests {
             Frame::Close(Stream::Stdout),
             Frame::Exit(ContainerExit::Code(3)),
         ]);
-        assert_eq!(session.next_event().unwrap(), Some(Event::Output(Stream::Stdout, b"hello".to_vec())));
-        assert_eq!(session.next_event().unwrap(), Some(Event::Exit(ContainerExit::Code(3))));
+        assert_eq!(
+            session.next_event().unwrap(),
+            Some(Event::Output(Stream::Stdout, b"hello".to_vec()))
+        );
+        assert_eq!(
+            session.next_event().unwrap(),
+            Some(Event::Exit(ContainerExit::Code(3)))
+        );
         assert_eq!(session.next_event().unwrap(), None);
     }
 
@@ -184,9 +196,17 @@ mod tests {
 
     #[test]
     fn credit_that_was_never_spent_is_refused() {
-        assert!(session_with(&[Frame::Credit(Stream::Stdin, 1)]).next_event().is_err());
+        assert!(
+            session_with(&[Frame::Credit(Stream::Stdin, 1)])
+                .next_event()
+                .is_err()
+        );
         assert!(session_with(&[Frame::Signal(9)]).next_event().is_err());
-        assert!(session_with(&[Frame::Data(Stream::Stdin, vec![1])]).next_event().is_err());
+        assert!(
+            session_with(&[Frame::Data(Stream::Stdin, vec![1])])
+                .next_event()
+                .is_err()
+        );
     }
 
     #[test]

@@ -31,7 +31,16 @@ impl Store {
     /// # Errors
     /// [`EngineError::Store`].
     pub fn open_default() -> Result<Self, EngineError> {
-        Self::open(&default_root())
+        Self::open(&Self::default_root())
+    }
+
+    /// Where the store of [`Store::open_default`] is, or would be made.
+    #[must_use]
+    pub fn default_root() -> PathBuf {
+        root_for(
+            |name| std::env::var_os(name).map(PathBuf::from),
+            rustix::process::geteuid().is_root(),
+        )
     }
 
     /// The store in a directory, which is made if it does not exist.
@@ -39,7 +48,9 @@ impl Store {
     /// # Errors
     /// [`EngineError::Store`].
     pub fn open(root: &Path) -> Result<Self, EngineError> {
-        let store = Self { root: root.to_owned() };
+        let store = Self {
+            root: root.to_owned(),
+        };
         for directory in [store.names(), store.files(), store.templates_directory()] {
             if !directory.is_dir() {
                 fs::create_dir_all(&directory).map_err(EngineError::store("create", &directory))?;
@@ -67,18 +78,19 @@ impl Store {
     }
 }
 
-fn default_root() -> PathBuf {
-    if let Some(root) = std::env::var_os(HOME_VARIABLE).filter(|root| !root.is_empty()) {
-        return root.into();
+/// Where the default store is, for these environment variables and this user.
+fn root_for(variable: impl Fn(&str) -> Option<PathBuf>, is_root: bool) -> PathBuf {
+    let variable = |name| variable(name).filter(|value| !value.as_os_str().is_empty());
+    if let Some(home) = variable(HOME_VARIABLE) {
+        return home;
     }
-    if rustix::process::geteuid().is_root() {
+    if is_root {
         return "/var/lib/picovm".into();
     }
-    let data = std::env::var_os("XDG_DATA_HOME")
-        .filter(|data| !data.is_empty())
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share")));
-    data.unwrap_or_else(std::env::temp_dir).join("picovm")
+    variable("XDG_DATA_HOME")
+        .or_else(|| variable("HOME").map(|home| home.join(".local/share")))
+        .unwrap_or_else(std::env::temp_dir)
+        .join("picovm")
 }
 
 /// Writes a small file as a whole or not at all.
@@ -96,7 +108,11 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), EngineEr
 
 /// Removes a file or directory, one that is already gone included.
 pub(crate) fn remove(path: &Path) -> Result<(), EngineError> {
-    let result = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    let result = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
     match result {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(EngineError::store("remove", path)(error))
@@ -121,5 +137,30 @@ impl Lock {
             .map_err(EngineError::store("open the lock", path))?;
         file.lock().map_err(EngineError::store("lock", path))?;
         Ok(Self { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_store_is_the_users_own() {
+        let with = |set: &'static str, value: &'static str| {
+            move |name: &str| (name == set).then(|| PathBuf::from(value))
+        };
+        assert_eq!(root_for(with("PICOVM_HOME", "/srv/p"), true), Path::new("/srv/p"));
+        assert_eq!(
+            root_for(with("PICOVM_HOME", ""), true),
+            Path::new("/var/lib/picovm")
+        );
+        assert_eq!(
+            root_for(with("HOME", "/home/me"), false),
+            Path::new("/home/me/.local/share/picovm")
+        );
+        assert_eq!(
+            root_for(with("XDG_DATA_HOME", "/data"), false),
+            Path::new("/data/picovm")
+        );
     }
 }

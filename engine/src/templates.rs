@@ -37,7 +37,11 @@ impl TemplateSpec {
     /// One vCPU and the default memory for an image.
     #[must_use]
     pub fn new(image: Image) -> Self {
-        Self { image, memory_mib: Self::DEFAULT_MEMORY_MIB, vcpus: 1 }
+        Self {
+            image,
+            memory_mib: Self::DEFAULT_MEMORY_MIB,
+            vcpus: 1,
+        }
     }
 
     /// What tells this template from others, as a name in the store.
@@ -50,7 +54,11 @@ impl TemplateSpec {
             self.memory_mib,
             self.vcpus
         );
-        Ok(blake3::hash(text.as_bytes()).to_hex().get(..16).unwrap_or_default().to_owned())
+        Ok(blake3::hash(text.as_bytes())
+            .to_hex()
+            .get(..16)
+            .unwrap_or_default()
+            .to_owned())
     }
 }
 
@@ -88,14 +96,23 @@ pub enum TemplateProgress {
 impl std::fmt::Display for TemplateProgress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Booting { image, memory_mib, vcpus } => write!(
+            Self::Booting {
+                image,
+                memory_mib,
+                vcpus,
+            } => write!(
                 f,
                 "no template of {image} with {memory_mib} MiB and {vcpus} vCPU{} yet: booting one",
                 if *vcpus == 1 { "" } else { "s" }
             ),
             Self::Freezing { booted } => write!(f, "booted in {} ms, freezing", booted.as_millis()),
             Self::Built { took, data_bytes } => {
-                write!(f, "template built in {} ms ({} MiB)", took.as_millis(), data_bytes >> 20)
+                write!(
+                    f,
+                    "template built in {} ms ({} MiB)",
+                    took.as_millis(),
+                    data_bytes >> 20
+                )
             }
             Self::Replacing { reason } => write!(f, "building the template again: {reason}"),
         }
@@ -150,7 +167,9 @@ impl Store {
         if path.exists() {
             match Template::open(&path) {
                 Err(error @ (TemplateError::Version { .. } | TemplateError::Foreign { .. })) => {
-                    progress(TemplateProgress::Replacing { reason: error.to_string() });
+                    progress(TemplateProgress::Replacing {
+                        reason: error.to_string(),
+                    });
                 }
                 opened => return Ok(opened?),
             }
@@ -182,7 +201,10 @@ impl Store {
         config.initramfs = Some(guest.initramfs.clone());
         config.memory_mib = spec.memory_mib;
         config.vcpus = spec.vcpus;
-        config.disks = vec![Disk { path: spec.image.file.clone(), read_only: true }];
+        config.disks = vec![Disk {
+            path: spec.image.file.clone(),
+            read_only: true,
+        }];
         let mut parent = Machine::boot(&config)?;
         let reason = match parent.run(Some(BOOT_MAX))? {
             Some(Outcome::FreezePoint) => None,
@@ -190,9 +212,14 @@ impl Store {
             None => Some(format!("it took longer than {} s", BOOT_MAX.as_secs())),
         };
         if let Some(reason) = reason {
-            return Err(EngineError::NotFrozen { reason, tail: parent.console_tail() });
+            return Err(EngineError::NotFrozen {
+                reason,
+                tail: parent.console_tail(),
+            });
         }
-        progress(TemplateProgress::Freezing { booted: start.elapsed() });
+        progress(TemplateProgress::Freezing {
+            booted: start.elapsed(),
+        });
         let notes = BTreeMap::from([
             (NOTE_IMAGE.to_owned(), spec.image.name.clone()),
             (NOTE_DIGEST.to_owned(), spec.image.digest.clone()),
@@ -214,7 +241,9 @@ impl Store {
         let mut templates = Vec::new();
         for entry in fs::read_dir(&directory).map_err(EngineError::store("list", &directory))? {
             let path = entry.map_err(EngineError::store("list", &directory))?.path();
-            let Some(key) = path.file_name().and_then(|name| name.to_str()).map(str::to_owned) else { continue };
+            let Some(key) = path.file_name().and_then(|name| name.to_str()).map(str::to_owned) else {
+                continue;
+            };
             if key.starts_with('.') || !path.is_dir() {
                 continue;
             }
@@ -237,7 +266,9 @@ impl Store {
         if found.len() > 1 {
             return Err(EngineError::AmbiguousTemplate { id: id.to_owned() });
         }
-        found.pop().ok_or_else(|| EngineError::NoTemplate { id: id.to_owned() })
+        found
+            .pop()
+            .ok_or_else(|| EngineError::NoTemplate { id: id.to_owned() })
     }
 
     /// Removes the template whose key begins with `id`. Clones of it that run go on: they have its files open.

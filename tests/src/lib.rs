@@ -31,14 +31,19 @@ impl OwnStore {
     /// If the common store has no image named [`IMAGE`].
     pub fn new() -> anyhow::Result<Self> {
         let common = Store::open_default()?;
-        let image = common.image(IMAGE).context("`make image` puts the image into the store")?;
+        let image = common
+            .image(IMAGE)
+            .context("`make image` puts the image into the store")?;
         let directory = tempfile::tempdir()?;
         let store = Store::open(directory.path())?;
         let file = image.file.file_name().context("the image has no file name")?;
         std::os::unix::fs::symlink(&image.file, directory.path().join("images/files").join(file))?;
         fs::copy(
             common.root().join("images/names").join(format!("{IMAGE}.json")),
-            directory.path().join("images/names").join(format!("{IMAGE}.json")),
+            directory
+                .path()
+                .join("images/names")
+                .join(format!("{IMAGE}.json")),
         )?;
         Ok(Self { directory, store })
     }
@@ -146,7 +151,10 @@ pub fn capture(template: &Template, options: &ContainerOptions) -> anyhow::Resul
     let exited = start.elapsed();
     drop((stdout_end, stderr_end));
     let join = |reader: std::thread::JoinHandle<std::io::Result<(Vec<u8>, Option<Instant>)>>| {
-        reader.join().map_err(|_| anyhow::anyhow!("a reader panicked"))?.map_err(anyhow::Error::from)
+        reader
+            .join()
+            .map_err(|_| anyhow::anyhow!("a reader panicked"))?
+            .map_err(anyhow::Error::from)
     };
     let ((stdout, out_at), (stderr, err_at)) = (join(out)?, join(err)?);
     let first = [out_at, err_at].into_iter().flatten().min();
@@ -186,13 +194,23 @@ impl Holdings {
             .flatten()
             .flatten()
             .filter_map(|entry| fs::read_link(entry.path()).ok())
-            .map(|link| link.to_string_lossy().split(":[").next().unwrap_or_default().to_owned())
+            .map(|link| {
+                link.to_string_lossy()
+                    .split(":[")
+                    .next()
+                    .unwrap_or_default()
+                    .to_owned()
+            })
             .collect();
         descriptors.sort();
         let threads = fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
         let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let mappings = maps.lines().filter(|line| line.ends_with("/memory")).count();
-        Self { descriptors, threads, mappings }
+        Self {
+            descriptors,
+            threads,
+            mappings,
+        }
     }
 }
 
@@ -208,7 +226,11 @@ pub fn clone_memory() -> (u64, u64) {
             ours = line.ends_with("/memory");
             continue;
         }
-        let kib: u64 = line.split_whitespace().nth(1).and_then(|value| value.parse().ok()).unwrap_or(0);
+        let kib: u64 = line
+            .split_whitespace()
+            .nth(1)
+            .and_then(|value| value.parse().ok())
+            .unwrap_or(0);
         match first {
             "Anonymous:" if ours => owned += kib << 10,
             "Rss:" if ours => shared += kib << 10,

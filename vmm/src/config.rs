@@ -123,14 +123,26 @@ mod tests {
         config.vcpus = 9;
         assert!(config.check().unwrap_err().to_string().contains("1 to 8"));
         config.vcpus = 1;
-        config.disks = vec![Disk { path: "disk".into(), read_only: true }; DISKS_MAX + 1];
+        config.disks = vec![
+            Disk {
+                path: "disk".into(),
+                read_only: true
+            };
+            DISKS_MAX + 1
+        ];
         assert!(config.check().is_err());
     }
 
     #[test]
     fn every_slot_is_named_on_the_command_line() {
         let mut config = MachineConfig::new("vmlinux");
-        config.disks = vec![Disk { path: "disk".into(), read_only: true }; 3];
+        config.disks = vec![
+            Disk {
+                path: "disk".into(),
+                read_only: true
+            };
+            3
+        ];
         config.extra_cmdline = "loglevel=7".into();
         let line = config.cmdline();
         assert_eq!(line.matches("virtio_mmio.device=4K@0xd000").count(), 5);

@@ -26,6 +26,7 @@ pub mod config;
 pub mod devices;
 pub mod machine;
 pub mod memory;
+pub mod probe;
 pub mod template;
 pub mod threads;
 pub mod vcpu;

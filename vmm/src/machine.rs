@@ -179,9 +179,10 @@ impl Machine {
             config.vcpus,
         )?;
         let log = match &config.console_log {
-            Some(path) => Some(
-                File::create(path).map_err(|source| MachineError::ConsoleLog { path: path.clone(), source })?,
-            ),
+            Some(path) => Some(File::create(path).map_err(|source| MachineError::ConsoleLog {
+                path: path.clone(),
+                source,
+            })?),
             None => None,
         };
         let vm = Arc::new(vm::create(&kvm, &memory)?);
@@ -189,7 +190,10 @@ impl Machine {
         let (backend, connection) = console::connection().map_err(host("create the control connection"))?;
         let mut backends = vec![SlotBackend::Console(backend), SlotBackend::Entropy];
         for disk in &config.disks {
-            backends.push(SlotBackend::Block(FileBackend::open(&disk.path, disk.read_only)?, disk.path.clone()));
+            backends.push(SlotBackend::Block(
+                FileBackend::open(&disk.path, disk.read_only)?,
+                disk.path.clone(),
+            ));
         }
         let slots = backends
             .into_iter()
@@ -208,7 +212,11 @@ impl Machine {
                 let mut sregs = ioctl(index, "read the control registers", vcpu.get_sregs())?;
                 boot::enter_long_mode(&mut sregs);
                 ioctl(index, "set the control registers", vcpu.set_sregs(&sregs))?;
-                ioctl(index, "set the registers", vcpu.set_regs(&boot::entry_registers(entry)))?;
+                ioctl(
+                    index,
+                    "set the registers",
+                    vcpu.set_regs(&boot::entry_registers(entry)),
+                )?;
             }
             vcpus.push(vcpu);
         }
@@ -264,7 +272,13 @@ impl Machine {
             let backend = saved
                 .open_backend(&mut backend, &mut disks)?
                 .ok_or(MachineError::State("it has more than one control connection"))?;
-            slots.push(Slot::from_state(backend, index, memory.clone(), line(&vm, index), saved)?);
+            slots.push(Slot::from_state(
+                backend,
+                index,
+                memory.clone(),
+                line(&vm, index),
+                saved,
+            )?);
         }
 
         let parts = Parts {
@@ -290,7 +304,8 @@ impl Machine {
             slots: parts.slots,
         });
         let (sender, stops): (Sender<(u8, Stop)>, _) = channel();
-        let stopped = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(host("create an eventfd"))?;
+        let stopped =
+            EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let stopped = Arc::new(stopped);
         let exits = Arc::new(ExitCounters::default());
         let mut threads = Vec::with_capacity(parts.vcpus.len());
@@ -374,7 +389,10 @@ impl Machine {
         let (index, stop) = match deadline {
             None => self.stops.recv().map_err(|_| MachineError::Thread)?,
             Some(deadline) => {
-                match self.stops.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                match self
+                    .stops
+                    .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+                {
                     Ok(stop) => stop,
                     Err(RecvTimeoutError::Timeout) => return Ok(None),
                     Err(RecvTimeoutError::Disconnected) => return Err(MachineError::Thread),
@@ -466,21 +484,34 @@ impl Machine {
         let vcpus = self
             .vcpus
             .iter()
-            .map(|vcpu| vcpu.save(&msrs).ok_or(MachineError::Thread)?.map_err(MachineError::from))
+            .map(|vcpu| {
+                vcpu.save(&msrs)
+                    .ok_or(MachineError::Thread)?
+                    .map_err(MachineError::from)
+            })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(MachineState {
             memory_mib: self.memory_mib,
             vm: vm::save(&self.vm)?,
             vcpus,
             slots: self.devices.slots.iter().map(Slot::state).collect(),
-            trap: self.devices.trap.lock().unwrap_or_else(PoisonError::into_inner).state(),
+            trap: self
+                .devices
+                .trap
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .state(),
         })
     }
 
     /// The last console output, 8 KiB at most, for the message about a machine that ended badly.
     #[must_use]
     pub fn console_tail(&self) -> String {
-        self.devices.ports.lock().unwrap_or_else(PoisonError::into_inner).console_tail()
+        self.devices
+            .ports
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .console_tail()
     }
 
     /// Guest memory.
@@ -531,7 +562,14 @@ fn ioctl<T>(
     attempted: &'static str,
     result: Result<T, kvm_ioctls::Error>,
 ) -> Result<T, MachineError> {
-    result.map_err(|source| VcpuError::Ioctl { attempted, index, source }.into())
+    result.map_err(|source| {
+        VcpuError::Ioctl {
+            attempted,
+            index,
+            source,
+        }
+        .into()
+    })
 }
 
 fn create_vcpu(vm: &VmFd, index: u8) -> Result<VcpuFd, MachineError> {
@@ -548,7 +586,8 @@ fn msr_list(kvm: &Kvm) -> Result<MsrList, MachineError> {
         .as_slice()
         .to_vec();
     let vm = kvm.create_vm().map_err(vm_error("create a VM"))?;
-    vm.create_irq_chip().map_err(vm_error("create the interrupt controllers"))?;
+    vm.create_irq_chip()
+        .map_err(vm_error("create the interrupt controllers"))?;
     let vcpu = create_vcpu(&vm, 0)?;
     let cpuid = cpuid::for_vcpu(&vm::supported_cpuid(kvm)?, 0, 1)
         .map_err(|_| MachineError::State("CPUID has too many entries"))?;

@@ -75,7 +75,10 @@ fn map(mib: u64, file: Option<Arc<File>>) -> Result<GuestMemoryMmap, MemoryError
             Some(file) => builder = builder.with_file_offset(FileOffset::from_arc(file.clone(), offset)),
             None => flags |= libc::MAP_ANONYMOUS,
         }
-        let region = builder.with_mmap_flags(flags).build().map_err(|error| failed(error.to_string()))?;
+        let region = builder
+            .with_mmap_flags(flags)
+            .build()
+            .map_err(|error| failed(error.to_string()))?;
         regions.push(
             GuestRegionMmap::new(region, GuestAddress(start))
                 .ok_or_else(|| failed("the range leaves the address space".into()))?,
@@ -85,17 +88,24 @@ fn map(mib: u64, file: Option<Arc<File>>) -> Result<GuestMemoryMmap, MemoryError
     GuestMemoryMmap::from_regions(regions).map_err(|error| failed(error.to_string()))
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn sizes_out_of_range_are_refused_with_the_range() {
-        assert!(check_size(0).unwrap_err().to_string().contains("32 to 1048576 MiB"));
+        assert!(
+            check_size(0)
+                .unwrap_err()
+                .to_string()
+                .contains("32 to 1048576 MiB")
+        );
         assert!(check_size(31).is_err());
         assert!(check_size(u64::MAX).is_err());
-        assert!(matches!(check_size(layout::MEMORY_MAX_MIB), Err(MemoryError::Host { .. })));
+        assert!(matches!(
+            check_size(layout::MEMORY_MAX_MIB),
+            Err(MemoryError::Host { .. })
+        ));
         assert!(check_size(64).is_ok());
     }
 }

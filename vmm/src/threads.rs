@@ -133,7 +133,8 @@ impl VcpuThread {
         let kick = Arc::new(Kick::default());
         let run: *mut kvm_bindings::kvm_run = vcpu.get_kvm_run();
         // SAFETY: only the field's address is taken, of a page that lives as long as the vCPU.
-        kick.immediate_exit.store(unsafe { &raw mut (*run).immediate_exit }, Ordering::Relaxed);
+        kick.immediate_exit
+            .store(unsafe { &raw mut (*run).immediate_exit }, Ordering::Relaxed);
         let (commands, inbox) = channel();
         let thread = {
             let kick = kick.clone();
@@ -146,7 +147,11 @@ impl VcpuThread {
                     kick.immediate_exit.store(std::ptr::null_mut(), Ordering::Relaxed);
                 })?
         };
-        Ok(Self { thread: Some(thread), commands: Some(commands), kick })
+        Ok(Self {
+            thread: Some(thread),
+            commands: Some(commands),
+            kick,
+        })
     }
 
     /// Lets the vCPU run until it stops by itself or by [`VcpuThread::pause`].
@@ -308,7 +313,10 @@ impl MutEventSubscriber for BackendEvents {
         if events.event_set().contains(EventSet::OUT) {
             self.slot.process(1);
         }
-        if events.event_set().intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP) {
+        if events
+            .event_set()
+            .intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP)
+        {
             self.slot.process(0);
         }
         if self.slot.descriptor().is_none() {
@@ -344,7 +352,10 @@ impl DeviceThread {
         manager.add_subscriber(Box::new(End(end.clone(), ended.clone())));
         for slot in &devices.slots {
             if let Some(descriptor) = slot.descriptor() {
-                manager.add_subscriber(Box::new(BackendEvents { slot: slot.clone(), descriptor }));
+                manager.add_subscriber(Box::new(BackendEvents {
+                    slot: slot.clone(),
+                    descriptor,
+                }));
             }
         }
         let thread = std::thread::Builder::new()
@@ -358,7 +369,10 @@ impl DeviceThread {
                     }
                 }
             })?;
-        Ok(Self { thread: Some(thread), end })
+        Ok(Self {
+            thread: Some(thread),
+            end,
+        })
     }
 }
 

@@ -1,8 +1,8 @@
 //! State of one vCPU: captured from a machine that stands still, loaded into a fresh one.
 
 use kvm_bindings::{
-    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
-    kvm_xcrs, kvm_xsave,
+    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -86,7 +86,11 @@ fn ioctl<T>(
     attempted: &'static str,
     result: Result<T, kvm_ioctls::Error>,
 ) -> Result<T, VcpuError> {
-    result.map_err(|source| VcpuError::Ioctl { attempted, index, source })
+    result.map_err(|source| VcpuError::Ioctl {
+        attempted,
+        index,
+        source,
+    })
 }
 
 /// Reads the given registers; those that this vCPU does not have are left out.
@@ -97,16 +101,24 @@ pub fn read_msrs(vcpu: &VcpuFd, index: u8, numbers: &[u32]) -> Result<Vec<Msr>, 
         let wanted: Vec<kvm_msr_entry> = rest
             .iter()
             .take(MSRS_AT_ONCE)
-            .map(|number| kvm_msr_entry { index: *number, ..Default::default() })
+            .map(|number| kvm_msr_entry {
+                index: *number,
+                ..Default::default()
+            })
             .collect();
-        let mut list = Msrs::from_entries(&wanted).map_err(|_| VcpuError::List { what: "registers", index })?;
-        let read = ioctl(index, "save the model-specific registers", vcpu.get_msrs(&mut list))?;
-        values.extend(
-            list.as_slice()
-                .iter()
-                .take(read)
-                .map(|entry| Msr { index: entry.index, value: entry.data }),
-        );
+        let mut list = Msrs::from_entries(&wanted).map_err(|_| VcpuError::List {
+            what: "registers",
+            index,
+        })?;
+        let read = ioctl(
+            index,
+            "save the model-specific registers",
+            vcpu.get_msrs(&mut list),
+        )?;
+        values.extend(list.as_slice().iter().take(read).map(|entry| Msr {
+            index: entry.index,
+            value: entry.data,
+        }));
         // KVM stops at the first register that it cannot read: go on behind it.
         let done = if read < wanted.len() { read + 1 } else { read };
         rest = rest.get(done..).unwrap_or_default();
@@ -118,13 +130,24 @@ fn write_msrs(vcpu: &VcpuFd, index: u8, msrs: &[Msr]) -> Result<(), VcpuError> {
     for chunk in msrs.chunks(MSRS_AT_ONCE) {
         let entries: Vec<kvm_msr_entry> = chunk
             .iter()
-            .map(|msr| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() })
+            .map(|msr| kvm_msr_entry {
+                index: msr.index,
+                data: msr.value,
+                ..Default::default()
+            })
             .collect();
-        let list = Msrs::from_entries(&entries).map_err(|_| VcpuError::List { what: "registers", index })?;
+        let list = Msrs::from_entries(&entries).map_err(|_| VcpuError::List {
+            what: "registers",
+            index,
+        })?;
         let written = ioctl(index, "load the model-specific registers", vcpu.set_msrs(&list))?;
         // KVM stops at the first register that it refuses, and says so by its return value alone.
         if let Some(msr) = chunk.get(written) {
-            return Err(VcpuError::Msr { index, msr: msr.index, value: msr.value });
+            return Err(VcpuError::Msr {
+                index,
+                msr: msr.index,
+                value: msr.value,
+            });
         }
     }
     Ok(())
@@ -163,7 +186,18 @@ pub fn save(vcpu: &VcpuFd, index: u8, list: &MsrList) -> Result<VcpuState, VcpuE
     )?
     .as_slice()
     .to_vec();
-    Ok(VcpuState { cpuid, msrs, regs, sregs, xsave, xcrs, debug, lapic, events, mp_state })
+    Ok(VcpuState {
+        cpuid,
+        msrs,
+        regs,
+        sregs,
+        xsave,
+        xcrs,
+        debug,
+        lapic,
+        events,
+        mp_state,
+    })
 }
 
 /// Loads a saved state into a fresh vCPU.
@@ -178,9 +212,21 @@ pub fn load(vcpu: &VcpuFd, index: u8, state: &VcpuState) -> Result<(), VcpuError
     // kvm_xsave.
     let xsave = unsafe { vcpu.set_xsave(&state.xsave) };
     ioctl(index, "load the vector registers", xsave)?;
-    ioctl(index, "load the extended control registers", vcpu.set_xcrs(&state.xcrs))?;
-    ioctl(index, "load the debug registers", vcpu.set_debug_regs(&state.debug))?;
+    ioctl(
+        index,
+        "load the extended control registers",
+        vcpu.set_xcrs(&state.xcrs),
+    )?;
+    ioctl(
+        index,
+        "load the debug registers",
+        vcpu.set_debug_regs(&state.debug),
+    )?;
     ioctl(index, "load the local APIC", vcpu.set_lapic(&state.lapic))?;
     write_msrs(vcpu, index, &state.msrs)?;
-    ioctl(index, "load the pending events", vcpu.set_vcpu_events(&state.events))
+    ioctl(
+        index,
+        "load the pending events",
+        vcpu.set_vcpu_events(&state.events),
+    )
 }

@@ -57,7 +57,10 @@ fn ioctl<T>(attempted: &'static str, result: Result<T, kvm_ioctls::Error>) -> Re
 /// # Errors
 /// [`VmError::Open`] with a remedy, [`VmError::Missing`].
 pub fn open_kvm() -> Result<Kvm, VmError> {
-    let kvm = Kvm::new().map_err(|source| VmError::Open { source, remedy: open_remedy(source.errno()) })?;
+    let kvm = Kvm::new().map_err(|source| VmError::Open {
+        source,
+        remedy: open_remedy(source.errno()),
+    })?;
     if kvm.get_api_version() != 12 {
         return Err(VmError::Missing("API version 12"));
     }
@@ -78,7 +81,9 @@ fn open_remedy(errno: i32) -> &'static str {
         libc::EACCES | libc::EPERM => {
             "This user may not use KVM: add it to the group of /dev/kvm (usually `kvm`) or run as root"
         }
-        libc::ENODEV | libc::ENXIO => "The device file is there but no KVM behind it: load kvm_intel or kvm_amd",
+        libc::ENODEV | libc::ENXIO => {
+            "The device file is there but no KVM behind it: load kvm_intel or kvm_amd"
+        }
         libc::EMFILE | libc::ENFILE => "Too many files are open: raise `ulimit -n`",
         _ => "`picovm doctor` checks this machine",
     }
@@ -86,7 +91,10 @@ fn open_remedy(errno: i32) -> &'static str {
 
 /// CPUID that KVM supports on this host.
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, VmError> {
-    ioctl("read the supported CPUID", kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES))
+    ioctl(
+        "read the supported CPUID",
+        kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES),
+    )
 }
 
 /// Creates the VM, gives it its memory and then its interrupt controllers.
@@ -107,7 +115,10 @@ pub fn create(kvm: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, VmError> {
         let result = unsafe { vm.set_user_memory_region(region) };
         ioctl("give the VM its memory", result)?;
     }
-    ioctl("reserve the pages that KVM needs on Intel processors", vm.set_tss_address(layout::KVM_TSS))?;
+    ioctl(
+        "reserve the pages that KVM needs on Intel processors",
+        vm.set_tss_address(layout::KVM_TSS),
+    )?;
     ioctl("create the interrupt controllers", vm.create_irq_chip())?;
     Ok(vm)
 }
@@ -127,7 +138,10 @@ const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQC
 pub fn save(vm: &VmFd) -> Result<VmState, VmError> {
     let mut irqchips = Vec::new();
     for chip_id in CHIPS {
-        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
         ioctl("save the interrupt controllers", vm.get_irqchip(&mut chip))?;
         irqchips.push(chip);
     }

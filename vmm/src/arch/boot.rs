@@ -88,7 +88,11 @@ pub fn load(
     let mut line = linux_loader::cmdline::Cmdline::new(layout::CMDLINE_MAX)
         .map_err(|error| BootError::Cmdline(error.to_string()))?;
     line.insert_str(cmdline).map_err(|error| {
-        BootError::Cmdline(format!("{error} ({} bytes; {} at most)", cmdline.len(), layout::CMDLINE_MAX))
+        BootError::Cmdline(format!(
+            "{error} ({} bytes; {} at most)",
+            cmdline.len(),
+            layout::CMDLINE_MAX
+        ))
     })?;
     load_cmdline(memory, GuestAddress(layout::CMDLINE), &line)
         .map_err(|error| BootError::Memory(error.to_string()))?;
@@ -107,7 +111,11 @@ fn write(memory: &GuestMemoryMmap, address: u64, bytes: &[u8]) -> Result<(), Boo
 }
 
 fn load_kernel(memory: &GuestMemoryMmap, path: &Path) -> Result<(GuestAddress, u64), BootError> {
-    let read = |source| BootError::Read { what: "the kernel", path: path.to_owned(), source };
+    let read = |source| BootError::Read {
+        what: "the kernel",
+        path: path.to_owned(),
+        source,
+    };
     let mut file = File::open(path).map_err(read)?;
     let mut start = [0u8; 4];
     let have = file.read(&mut start).map_err(read)?;
@@ -117,20 +125,28 @@ fn load_kernel(memory: &GuestMemoryMmap, path: &Path) -> Result<(GuestAddress, u
             [b'M', b'Z', ..] => "`MZ` (a bzImage)".to_owned(),
             bytes => format!("{bytes:02x?}"),
         };
-        return Err(BootError::NotElf { path: path.to_owned(), found });
-    }
-    let loaded = Elf::load(memory, None, &mut file, Some(GuestAddress(layout::HIGH_MEMORY))).map_err(|error| {
-        BootError::Load {
+        return Err(BootError::NotElf {
             path: path.to_owned(),
-            reason: format!("{error} (is the file whole, and is the guest's memory large enough?)"),
-        }
-    })?;
+            found,
+        });
+    }
+    let loaded =
+        Elf::load(memory, None, &mut file, Some(GuestAddress(layout::HIGH_MEMORY))).map_err(|error| {
+            BootError::Load {
+                path: path.to_owned(),
+                reason: format!("{error} (is the file whole, and is the guest's memory large enough?)"),
+            }
+        })?;
     Ok((loaded.kernel_load, loaded.kernel_end))
 }
 
 /// Puts the initramfs at the end of low RAM, page-aligned, and returns its address and size.
 fn load_initramfs(memory: &GuestMemoryMmap, path: &Path, kernel_end: u64) -> Result<(u64, u64), BootError> {
-    let read = |source| BootError::Read { what: "the initramfs", path: path.to_owned(), source };
+    let read = |source| BootError::Read {
+        what: "the initramfs",
+        path: path.to_owned(),
+        source,
+    };
     let mut file = File::open(path).map_err(read)?;
     let size = file.metadata().map_err(read)?.len();
     let low_end = low_ram_end(memory);
@@ -176,7 +192,10 @@ fn write_zero_page(
         params.hdr.ramdisk_image = address as u32;
         params.hdr.ramdisk_size = size as u32;
     }
-    let mut map = vec![(0, layout::MP_TABLE), (layout::HIGH_MEMORY, low_ram_end(memory) - layout::HIGH_MEMORY)];
+    let mut map = vec![
+        (0, layout::MP_TABLE),
+        (layout::HIGH_MEMORY, low_ram_end(memory) - layout::HIGH_MEMORY),
+    ];
     map.extend(
         memory
             .iter()
@@ -184,7 +203,11 @@ fn write_zero_page(
             .map(|region| (region.start_addr().0, region.len())),
     );
     for (entry, (addr, size)) in params.e820_table.iter_mut().zip(&map) {
-        *entry = boot_e820_entry { addr: *addr, size: *size, r#type: E820_RAM };
+        *entry = boot_e820_entry {
+            addr: *addr,
+            size: *size,
+            r#type: E820_RAM,
+        };
     }
     params.e820_entries = map.len() as u8;
     LinuxBootConfigurator::write_bootparams(
@@ -198,7 +221,11 @@ fn write_zero_page(
 fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), BootError> {
     const PRESENT_WRITABLE: u64 = 0b11;
     const LARGE: u64 = 1 << 7;
-    let (pml4, pdpt, pd) = (layout::PAGE_TABLES, layout::PAGE_TABLES + 0x1000, layout::PAGE_TABLES + 0x2000);
+    let (pml4, pdpt, pd) = (
+        layout::PAGE_TABLES,
+        layout::PAGE_TABLES + 0x1000,
+        layout::PAGE_TABLES + 0x2000,
+    );
     write(memory, pml4, &(pdpt | PRESENT_WRITABLE).to_le_bytes())?;
     write(memory, pdpt, &(pd | PRESENT_WRITABLE).to_le_bytes())?;
     let entries: Vec<u8> = (0..512u64)
@@ -269,7 +296,13 @@ pub fn enter_long_mode(sregs: &mut kvm_sregs) {
     const EFER_LONG_ENABLED: u64 = 1 << 8;
     const EFER_LONG_ACTIVE: u64 = 1 << 10;
     sregs.cs = CODE;
-    for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
+    for segment in [
+        &mut sregs.ds,
+        &mut sregs.es,
+        &mut sregs.fs,
+        &mut sregs.gs,
+        &mut sregs.ss,
+    ] {
         *segment = DATA;
     }
     sregs.gdt.base = layout::GDT;
@@ -297,7 +330,11 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_kernel_is_named_with_what_it_is() {
-        let load = |bytes: &[u8]| load(&memory(), file(bytes).path(), None, "", 1).unwrap_err().to_string();
+        let load = |bytes: &[u8]| {
+            load(&memory(), file(bytes).path(), None, "", 1)
+                .unwrap_err()
+                .to_string()
+        };
         assert!(load(b"").contains("empty"));
         assert!(load(b"MZ\x90\x00").contains("bzImage"));
         assert!(load(b"#!/bin/sh").contains("is not an uncompressed kernel"));

@@ -28,7 +28,11 @@ pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> Result<CpuId, vmm_sy
                 // irqchip does not exist yet) and the hypervisor bit.
                 entry.ecx |= 1 << 24 | 1 << 31;
                 // More than one logical processor in the package.
-                entry.edx = if vcpus > 1 { entry.edx | 1 << 28 } else { entry.edx & !(1 << 28) };
+                entry.edx = if vcpus > 1 {
+                    entry.edx | 1 << 28
+                } else {
+                    entry.edx & !(1 << 28)
+                };
             }
             4 => {
                 // Each vCPU is a core with caches of its own; the package has all of them.
@@ -80,7 +84,13 @@ impl Processor {
                 .copied()
                 .unwrap_or(kvm_cpuid_entry2::default())
         };
-        let (l0, l1, l7, ld, le) = (leaf(0, 0), leaf(1, 0), leaf(7, 0), leaf(0xd, 1), leaf(0x8000_0001, 0));
+        let (l0, l1, l7, ld, le) = (
+            leaf(0, 0),
+            leaf(1, 0),
+            leaf(7, 0),
+            leaf(0xd, 1),
+            leaf(0x8000_0001, 0),
+        );
         let mut vendor = Vec::new();
         for word in [l0.ebx, l0.edx, l0.ecx] {
             vendor.extend_from_slice(&word.to_le_bytes());
@@ -89,7 +99,16 @@ impl Processor {
             vendor: String::from_utf8_lossy(&vendor).trim_end_matches('\0').to_owned(),
             signature: l1.eax,
             // Bit 27 (OSXSAVE) mirrors a control register of whoever asks, not the processor.
-            features: [l1.ecx & !(1 << 27), l1.edx, l7.ebx, l7.ecx, l7.edx, ld.eax, le.ecx, le.edx],
+            features: [
+                l1.ecx & !(1 << 27),
+                l1.edx,
+                l7.ebx,
+                l7.ecx,
+                l7.edx,
+                ld.eax,
+                le.ecx,
+                le.edx,
+            ],
         }
     }
 }
@@ -104,6 +123,11 @@ impl std::fmt::Display for Processor {
         if base == 0xf || base == 6 {
             model |= self.signature >> 12 & 0xf0;
         }
-        write!(f, "{} family {family} model {model} stepping {}", self.vendor, self.signature & 0xf)
+        write!(
+            f,
+            "{} family {family} model {model} stepping {}",
+            self.vendor,
+            self.signature & 0xf
+        )
     }
 }

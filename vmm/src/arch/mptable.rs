@@ -29,7 +29,11 @@ pub fn build(vcpus: u8) -> Vec<u8> {
     };
 
     for id in 0..vcpus {
-        let flags = if id == 0 { CPU_ENABLED | CPU_BOOTSTRAP } else { CPU_ENABLED };
+        let flags = if id == 0 {
+            CPU_ENABLED | CPU_BOOTSTRAP
+        } else {
+            CPU_ENABLED
+        };
         let mut entry = [0u8; 20];
         entry[0] = PROCESSOR;
         entry[1] = id;
@@ -80,7 +84,10 @@ pub fn build(vcpus: u8) -> Vec<u8> {
 
 /// The byte that makes the sum of all bytes zero.
 fn checksum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
+    bytes
+        .iter()
+        .fold(0u8, |sum, byte| sum.wrapping_add(*byte))
+        .wrapping_neg()
 }
 
 #[cfg(test)]

@@ -36,7 +36,10 @@ impl ConsoleLog {
     /// A log that also goes to `file`, if there is one.
     #[must_use]
     pub fn new(file: Option<File>) -> Self {
-        Self { file, ..Self::default() }
+        Self {
+            file,
+            ..Self::default()
+        }
     }
 
     /// The last output. What is no text is replaced.
@@ -101,7 +104,10 @@ impl Ports {
     /// Ports with a serial console that interrupts on `line` and writes to `log`.
     #[must_use]
     pub fn new(line: Arc<dyn InterruptLine>, log: ConsoleLog) -> Self {
-        Self { serial: Serial::new(LineTrigger(line), log), keyboard: I8042Device::new(ResetLine::default()) }
+        Self {
+            serial: Serial::new(LineTrigger(line), log),
+            keyboard: I8042Device::new(ResetLine::default()),
+        }
     }
 
     /// The last console output.

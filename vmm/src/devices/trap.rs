@@ -2,7 +2,8 @@
 //! point, and that it is done. The registers are in [`picovm_guest_protocol::trap`].
 
 use picovm_guest_protocol::trap::{
-    FREEZE, IDENTITY_PAGE, IDENTITY_PAGES_MAX, IDENTITY_RESET, MAGIC, MAGIC_VALUE, PAGE_SIZE, POWER_OFF, VERSION,
+    FREEZE, IDENTITY_PAGE, IDENTITY_PAGES_MAX, IDENTITY_RESET, MAGIC, MAGIC_VALUE, PAGE_SIZE, POWER_OFF,
+    VERSION,
 };
 use serde::{Deserialize, Serialize};
 
@@ -84,7 +85,10 @@ mod tests {
     #[test]
     fn identity_pages_are_kept_in_order_up_to_the_limit() {
         let mut trap = Trap::default();
-        assert_eq!(trap.write(IDENTITY_PAGE, &0x5001u64.to_le_bytes()), TrapAction::Continue);
+        assert_eq!(
+            trap.write(IDENTITY_PAGE, &0x5001u64.to_le_bytes()),
+            TrapAction::Continue
+        );
         for page in 0..2 * IDENTITY_PAGES_MAX as u64 {
             trap.write(IDENTITY_PAGE, &(page << 12).to_le_bytes());
         }

@@ -132,12 +132,22 @@ pub enum TemplateError {
 }
 
 impl TemplateError {
-    pub(super) fn io<'a>(attempted: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + use<'a> {
-        move |source| Self::Io { attempted, path: path.to_owned(), source }
+    pub(super) fn io<'a>(
+        attempted: &'static str,
+        path: &'a Path,
+    ) -> impl FnOnce(io::Error) -> Self + use<'a> {
+        move |source| Self::Io {
+            attempted,
+            path: path.to_owned(),
+            source,
+        }
     }
 
     pub(super) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
-        Self::Damaged { path: path.to_owned(), reason: reason.into() }
+        Self::Damaged {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
     }
 }
 
@@ -156,8 +166,10 @@ struct Envelope {
 /// Encodes metadata with its own checksum.
 pub fn encode(metadata: &Metadata) -> io::Result<Vec<u8>> {
     let text = serde_json::to_string(metadata)?;
-    let envelope =
-        Envelope { checksum: checksum::of(text.as_bytes()), metadata: RawValue::from_string(text)? };
+    let envelope = Envelope {
+        checksum: checksum::of(text.as_bytes()),
+        metadata: RawValue::from_string(text)?,
+    };
     let mut bytes = serde_json::to_vec(&envelope)?;
     bytes.push(b'\n');
     Ok(bytes)
@@ -174,7 +186,10 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<(Metadata, String), TemplateE
     let format: JustFormat = serde_json::from_str(envelope.metadata.get())
         .map_err(|error| damaged(format!("has no format version ({error})")))?;
     if format.format != FORMAT_VERSION {
-        return Err(TemplateError::Version { path: path.to_owned(), found: format.format });
+        return Err(TemplateError::Version {
+            path: path.to_owned(),
+            found: format.format,
+        });
     }
     let metadata = serde_json::from_str(envelope.metadata.get())
         .map_err(|error| damaged(format!("cannot be read ({error})")))?;
@@ -187,14 +202,21 @@ mod tests {
     use proptest::prelude::*;
 
     pub(crate) fn sample() -> Metadata {
-        let record = FileRecord { bytes: 1, checksum: "00".into() };
+        let record = FileRecord {
+            bytes: 1,
+            checksum: "00".into(),
+        };
         Metadata {
             format: FORMAT_VERSION,
             protocol: 1,
             created: 1_790_000_000,
             memory_mib: 128,
             vcpus: 1,
-            processor: Processor { vendor: "AuthenticAMD".into(), signature: 1, features: [0; 8] },
+            processor: Processor {
+                vendor: "AuthenticAMD".into(),
+                signature: 1,
+                features: [0; 8],
+            },
             memory: record.clone(),
             memory_data_bytes: 1,
             state: record,
@@ -212,7 +234,10 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_told_as_such() {
-        let newer = Metadata { format: FORMAT_VERSION + 1, ..sample() };
+        let newer = Metadata {
+            format: FORMAT_VERSION + 1,
+            ..sample()
+        };
         let error = decode(&encode(&newer).unwrap(), Path::new("t")).unwrap_err();
         assert!(matches!(error, TemplateError::Version { found, .. } if found == FORMAT_VERSION + 1));
     }

@@ -30,7 +30,9 @@ impl Machine {
     /// is left at the directory or beside it.
     pub fn freeze(&mut self, directory: &Path, options: &FreezeOptions) -> Result<Template, TemplateError> {
         if directory.exists() {
-            return Err(TemplateError::Exists { path: directory.to_owned() });
+            return Err(TemplateError::Exists {
+                path: directory.to_owned(),
+            });
         }
         let parent = directory.parent().filter(|parent| !parent.as_os_str().is_empty());
         let parent = parent.unwrap_or(Path::new("."));
@@ -44,8 +46,10 @@ impl Machine {
         let state = self.save()?;
         let state_bytes =
             postcard::to_stdvec(&state).map_err(|_| MachineError::State("it cannot be encoded"))?;
-        let state_record =
-            FileRecord { bytes: state_bytes.len() as u64, checksum: checksum::of(&state_bytes) };
+        let state_record = FileRecord {
+            bytes: state_bytes.len() as u64,
+            checksum: checksum::of(&state_bytes),
+        };
         write(&partial.path().join(STATE), &state_bytes)?;
 
         let memory_path = partial.path().join(MEMORY);
@@ -54,7 +58,9 @@ impl Machine {
         let metadata = Metadata {
             format: FORMAT_VERSION,
             protocol: picovm_guest_protocol::PROTOCOL_VERSION,
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            created: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
             memory_mib: state.memory_mib,
             vcpus: u8::try_from(state.vcpus.len()).unwrap_or(u8::MAX),
             processor: self.processor().clone(),
@@ -100,7 +106,13 @@ impl Machine {
             base += region.len();
         }
         file.sync_all().map_err(error())?;
-        Ok((FileRecord { bytes: total, checksum: checksum.finish() }, data_bytes))
+        Ok((
+            FileRecord {
+                bytes: total,
+                checksum: checksum.finish(),
+            },
+            data_bytes,
+        ))
     }
 }
 
@@ -111,7 +123,11 @@ fn write_pages(file: &File, bytes: &[u8], offset: u64) -> std::io::Result<u64> {
     let mut start = 0;
     while start < bytes.len() {
         let rest = bytes.get(start..).unwrap_or_default();
-        let run: usize = rest.chunks(PAGE).take_while(|page| !checksum::is_zero(page)).map(<[u8]>::len).sum();
+        let run: usize = rest
+            .chunks(PAGE)
+            .take_while(|page| !checksum::is_zero(page))
+            .map(<[u8]>::len)
+            .sum();
         if run > 0 {
             file.write_all_at(rest.get(..run).unwrap_or_default(), offset + start as u64)?;
             written += run as u64;
@@ -131,14 +147,20 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), TemplateError> {
 /// Gives a whole directory its name, durably.
 fn publish(partial: tempfile::TempDir, directory: &Path, parent: &Path) -> Result<(), TemplateError> {
     // Readable as the parent directory is, not for its maker alone as temporary directories are.
-    let mode = fs::metadata(parent).map_err(TemplateError::io("read", parent))?.permissions();
+    let mode = fs::metadata(parent)
+        .map_err(TemplateError::io("read", parent))?
+        .permissions();
     fs::set_permissions(partial.path(), mode).map_err(TemplateError::io("change", partial.path()))?;
     sync_directory(partial.path())?;
     fs::rename(partial.path(), directory).map_err(|source| match source.kind() {
-        std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::AlreadyExists => {
-            TemplateError::Exists { path: directory.to_owned() }
-        }
-        _ => TemplateError::Io { attempted: "rename to", path: directory.to_owned(), source },
+        std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::AlreadyExists => TemplateError::Exists {
+            path: directory.to_owned(),
+        },
+        _ => TemplateError::Io {
+            attempted: "rename to",
+            path: directory.to_owned(),
+            source,
+        },
     })?;
     // Renamed: there is nothing left to remove.
     let _: PathBuf = partial.keep();

@@ -40,7 +40,10 @@ pub struct Template {
 
 impl std::fmt::Debug for Template {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Template").field("path", &self.path).field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("Template")
+            .field("path", &self.path)
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -77,7 +80,10 @@ impl Template {
         let file = File::open(&path).map_err(TemplateError::io("open", &path))?;
         let found = file.metadata().map_err(TemplateError::io("read", &path))?.len();
         if found != metadata.memory.bytes {
-            return Err(damaged(format!("{MEMORY} has {found} bytes instead of {}", metadata.memory.bytes)));
+            return Err(damaged(format!(
+                "{MEMORY} has {found} bytes instead of {}",
+                metadata.memory.bytes
+            )));
         }
         if !is_verified(directory, &file) {
             let sum = checksum::of_memory(&file, metadata.memory.bytes)
@@ -141,7 +147,10 @@ impl Template {
         if sum == self.metadata.memory.checksum {
             Ok(())
         } else {
-            Err(TemplateError::damaged(&self.path, format!("{MEMORY} does not match its checksum")))
+            Err(TemplateError::damaged(
+                &self.path,
+                format!("{MEMORY} does not match its checksum"),
+            ))
         }
     }
 
@@ -150,17 +159,30 @@ impl Template {
     /// # Errors
     /// [`TemplateError::Identity`] if the identity is too large, [`TemplateError::Machine`] for what the host refuses.
     pub fn fork(&self, options: ForkOptions) -> Result<Machine, TemplateError> {
-        let memory = memory::private(self.metadata.memory_mib, self.memory.clone()).map_err(MachineError::from)?;
+        let memory =
+            memory::private(self.metadata.memory_mib, self.memory.clone()).map_err(MachineError::from)?;
         self.write_identity(&memory, &options.identity)?;
-        let own = Backends { disks: options.disks, console_log: options.console_log };
-        Ok(Machine::build(&self.kvm, &self.metadata.processor, memory, &self.state, own)?)
+        let own = Backends {
+            disks: options.disks,
+            console_log: options.console_log,
+        };
+        Ok(Machine::build(
+            &self.kvm,
+            &self.metadata.processor,
+            memory,
+            &self.state,
+            own,
+        )?)
     }
 
     /// Writes an identity into a clone's memory: pages that the guest has mapped already.
     fn write_identity(&self, memory: &GuestMemoryMmap, identity: &[u8]) -> Result<(), TemplateError> {
         let pages = &self.state.trap.identity_pages;
         if identity.len() > self.identity_area() {
-            return Err(TemplateError::Identity { needed: identity.len(), available: self.identity_area() });
+            return Err(TemplateError::Identity {
+                needed: identity.len(),
+                available: self.identity_area(),
+            });
         }
         for (part, address) in identity.chunks(picovm_guest_protocol::trap::PAGE_SIZE).zip(pages) {
             memory
@@ -214,7 +236,10 @@ fn is_verified(directory: &Path, memory: &File) -> bool {
 
 /// Records that the memory is what its checksum says. Where that cannot be written, the next opening compares again.
 pub(super) fn record_verified(directory: &Path) {
-    let record = File::open(directory.join(MEMORY)).ok().as_ref().and_then(Verified::of);
+    let record = File::open(directory.join(MEMORY))
+        .ok()
+        .as_ref()
+        .and_then(Verified::of);
     if let Some(record) = record
         && let Ok(bytes) = serde_json::to_vec(&record)
         && let Ok(mut file) = tempfile::NamedTempFile::new_in(directory)

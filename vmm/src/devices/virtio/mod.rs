@@ -7,8 +7,8 @@ pub mod queue;
 pub mod slot;
 pub mod transport;
 
-use vm_memory::GuestMemoryMmap;
 use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
 
 /// Why a device gave up on what the guest asked. The device then stops until the guest resets it.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +41,12 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// The device then needs a reset.
-    fn process(&mut self, queue: usize, queues: &mut [Queue], memory: &GuestMemoryMmap) -> Result<bool, DeviceError>;
+    fn process(
+        &mut self,
+        queue: usize,
+        queues: &mut [Queue],
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, DeviceError>;
     /// Back to the state after creation; the backend stays.
     fn reset(&mut self);
 }

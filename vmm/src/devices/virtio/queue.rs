@@ -29,7 +29,9 @@ impl Chain {
     /// Bytes that the device may write, as many as the used ring can tell.
     #[must_use]
     pub fn writable_bytes(&self) -> u32 {
-        self.writable.iter().fold(0u32, |sum, buffer| sum.saturating_add(buffer.length))
+        self.writable
+            .iter()
+            .fold(0u32, |sum, buffer| sum.saturating_add(buffer.length))
     }
 
     fn from(chain: DescriptorChain<&GuestMemoryMmap>) -> Self {
@@ -37,14 +39,21 @@ impl Chain {
         let (mut readable, mut writable) = (Vec::new(), Vec::new());
         // The iterator ends a chain that loops after as many descriptors as the queue has.
         for descriptor in chain {
-            let buffer = Buffer { address: descriptor.addr(), length: descriptor.len() };
+            let buffer = Buffer {
+                address: descriptor.addr(),
+                length: descriptor.len(),
+            };
             if descriptor.is_write_only() {
                 writable.push(buffer);
             } else {
                 readable.push(buffer);
             }
         }
-        Self { head, readable, writable }
+        Self {
+            head,
+            readable,
+            writable,
+        }
     }
 }
 
@@ -52,8 +61,14 @@ impl Chain {
 ///
 /// # Errors
 /// [`DeviceError::Queue`] if the available ring is outside memory or its index is nonsense.
-pub fn pop(queues: &mut [Queue], index: usize, memory: &GuestMemoryMmap) -> Result<Option<Chain>, DeviceError> {
-    let Some(queue) = queues.get_mut(index) else { return Ok(None) };
+pub fn pop(
+    queues: &mut [Queue],
+    index: usize,
+    memory: &GuestMemoryMmap,
+) -> Result<Option<Chain>, DeviceError> {
+    let Some(queue) = queues.get_mut(index) else {
+        return Ok(None);
+    };
     if !queue.ready() {
         return Ok(None);
     }
@@ -99,9 +114,15 @@ pub fn give_back(
 ///
 /// # Errors
 /// [`DeviceError::Queue`] if the rings are outside memory.
-pub fn wants_interrupt(queues: &mut [Queue], index: usize, memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+pub fn wants_interrupt(
+    queues: &mut [Queue],
+    index: usize,
+    memory: &GuestMemoryMmap,
+) -> Result<bool, DeviceError> {
     match queues.get_mut(index) {
-        Some(queue) => queue.needs_notification(memory).map_err(|error| DeviceError::Queue(index, error)),
+        Some(queue) => queue
+            .needs_notification(memory)
+            .map_err(|error| DeviceError::Queue(index, error)),
         None => Ok(false),
     }
 }

@@ -103,9 +103,10 @@ impl Slot {
             SlotBackend::Console(backend) => {
                 Self::Console(shared(Transport::new(Console::new(backend), memory, line)?))
             }
-            SlotBackend::Block(backend, path) => {
-                Self::Block(shared(Transport::new(Block::new(backend, serial(index)), memory, line)?), path)
-            }
+            SlotBackend::Block(backend, path) => Self::Block(
+                shared(Transport::new(Block::new(backend, serial(index)), memory, line)?),
+                path,
+            ),
             SlotBackend::Entropy => Self::Entropy(shared(Transport::new(Entropy, memory, line)?)),
         })
     }
@@ -126,9 +127,17 @@ impl Slot {
                 let device = Console::from_state(backend, device);
                 Self::Console(shared(Transport::from_state(device, memory, line, transport)?))
             }
-            (SlotBackend::Block(backend, path), SlotState::Block { transport, device, .. }) => {
+            (
+                SlotBackend::Block(backend, path),
+                SlotState::Block {
+                    transport, device, ..
+                },
+            ) => {
                 let device = Block::from_state(backend, serial(index), device);
-                Self::Block(shared(Transport::from_state(device, memory, line, transport)?), path)
+                Self::Block(
+                    shared(Transport::from_state(device, memory, line, transport)?),
+                    path,
+                )
             }
             (SlotBackend::Entropy, SlotState::Entropy { transport }) => {
                 Self::Entropy(shared(Transport::from_state(Entropy, memory, line, transport)?))
@@ -143,7 +152,10 @@ impl Slot {
         match self {
             Self::Console(device) => {
                 let device = lock(device);
-                SlotState::Console { transport: device.state(), device: device.device().state() }
+                SlotState::Console {
+                    transport: device.state(),
+                    device: device.device().state(),
+                }
             }
             Self::Block(device, path) => {
                 let device = lock(device);
@@ -153,7 +165,9 @@ impl Slot {
                     path: path.clone(),
                 }
             }
-            Self::Entropy(device) => SlotState::Entropy { transport: lock(device).state() },
+            Self::Entropy(device) => SlotState::Entropy {
+                transport: lock(device).state(),
+            },
         }
     }
 

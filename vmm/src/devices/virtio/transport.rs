@@ -131,7 +131,11 @@ impl<D: Device> Transport<D> {
     ///
     /// # Errors
     /// [`DeviceError::Queue`] if a queue size of the device is no power of two.
-    pub fn new(device: D, memory: GuestMemoryMmap, interrupt: Arc<dyn InterruptLine>) -> Result<Self, DeviceError> {
+    pub fn new(
+        device: D,
+        memory: GuestMemoryMmap,
+        interrupt: Arc<dyn InterruptLine>,
+    ) -> Result<Self, DeviceError> {
         let queues = fresh_queues(&device)?;
         Ok(Self {
             device,
@@ -295,7 +299,9 @@ impl<D: Device> Transport<D> {
     /// A write by the guest, of any width, at an offset into the window. Registers take 32-bit writes only (4.2.2.2);
     /// no device here has a writable configuration.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
-        let Ok(bytes) = <[u8; 4]>::try_from(data) else { return };
+        let Ok(bytes) = <[u8; 4]>::try_from(data) else {
+            return;
+        };
         let value = u32::from_le_bytes(bytes);
         match offset {
             register::QUEUE_NOTIFY => self.process(value as usize),
@@ -318,7 +324,9 @@ impl<D: Device> Transport<D> {
     }
 
     fn set_up_queue(&mut self, offset: u64, value: u32) {
-        let Some(queue) = self.queues.get_mut(self.queue_select as usize) else { return };
+        let Some(queue) = self.queues.get_mut(self.queue_select as usize) else {
+            return;
+        };
         match offset {
             register::QUEUE_SIZE => {
                 if let Ok(size) = u16::try_from(value) {
@@ -362,7 +370,10 @@ impl<D: Device> Transport<D> {
             queue.set_event_idx(event_idx);
             // A queue that was never set up stays unused; one that lies outside memory is not used either.
             if queue.ready() && !queue.is_valid(&self.memory) {
-                warn!(device = self.device.device_type(), "a queue lies outside guest memory");
+                warn!(
+                    device = self.device.device_type(),
+                    "a queue lies outside guest memory"
+                );
                 self.status |= STATUS_NEEDS_RESET;
             }
         }

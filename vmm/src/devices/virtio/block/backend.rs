@@ -61,7 +61,10 @@ fn iovecs(memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<Vec<libc::iove
     for buffer in buffers {
         let length = usize::try_from(buffer.length).ok()?;
         let slice = memory.get_slice(buffer.address, length).ok()?;
-        list.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+        list.push(libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        });
     }
     Some(list)
 }
@@ -72,13 +75,28 @@ impl FileBackend {
     /// # Errors
     /// [`BackendError`] names the file and what is wrong with it.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, BackendError> {
-        let open = |source| BackendError::Open { path: path.to_owned(), read_only, source };
-        let file = OpenOptions::new().read(true).write(!read_only).open(path).map_err(open)?;
+        let open = |source| BackendError::Open {
+            path: path.to_owned(),
+            read_only,
+            source,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .open(path)
+            .map_err(open)?;
         let bytes = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(open)?;
         if bytes == 0 || bytes % SECTOR != 0 {
-            return Err(BackendError::Size { path: path.to_owned(), bytes });
+            return Err(BackendError::Size {
+                path: path.to_owned(),
+                bytes,
+            });
         }
-        Ok(Self { file, sectors: bytes / SECTOR, read_only })
+        Ok(Self {
+            file,
+            sectors: bytes / SECTOR,
+            read_only,
+        })
     }
 
     /// Opens the file for a clone and checks that it is as large as the guest knows it.
@@ -88,7 +106,11 @@ impl FileBackend {
     pub fn open_for_clone(path: &Path, read_only: bool, expected: u64) -> Result<Self, BackendError> {
         let backend = Self::open(path, read_only)?;
         if backend.sectors != expected {
-            return Err(BackendError::Changed { path: path.to_owned(), sectors: backend.sectors, expected });
+            return Err(BackendError::Changed {
+                path: path.to_owned(),
+                sectors: backend.sectors,
+                expected,
+            });
         }
         Ok(backend)
     }
@@ -107,7 +129,10 @@ impl FileBackend {
 
     /// Whether the request lies within the disk.
     fn in_range(&self, sector: u64, bytes: u64) -> bool {
-        bytes % SECTOR == 0 && sector.checked_add(bytes / SECTOR).is_some_and(|end| end <= self.sectors)
+        bytes % SECTOR == 0
+            && sector
+                .checked_add(bytes / SECTOR)
+                .is_some_and(|end| end <= self.sectors)
     }
 
     /// Reads into guest memory; returns the bytes read, or `None` if the request is outside disk or memory or fails.
@@ -146,7 +171,11 @@ impl FileBackend {
         let mut offset = sector.checked_mul(SECTOR)?;
         let mut left = total;
         while left > 0 {
-            let done = call(self.file.as_raw_fd(), rest.get(..rest.len().min(1024))?, i64::try_from(offset).ok()?);
+            let done = call(
+                self.file.as_raw_fd(),
+                rest.get(..rest.len().min(1024))?,
+                i64::try_from(offset).ok()?,
+            );
             let done = match u64::try_from(done) {
                 // The end of the file before the end of the disk: it was truncated under us.
                 Ok(0) => return None,
@@ -166,7 +195,11 @@ impl FileBackend {
     /// # Errors
     /// As `fdatasync(2)`.
     pub fn flush(&self) -> io::Result<()> {
-        if self.read_only { Ok(()) } else { self.file.sync_data() }
+        if self.read_only {
+            Ok(())
+        } else {
+            self.file.sync_data()
+        }
     }
 }
 

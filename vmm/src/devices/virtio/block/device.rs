@@ -30,24 +30,38 @@ impl Block {
     /// A block device on a file. `serial` is what the guest reads as its serial number, 20 bytes at most.
     #[must_use]
     pub fn new(backend: FileBackend, serial: String) -> Self {
-        Self { backend, serial, flush: false }
+        Self {
+            backend,
+            serial,
+            flush: false,
+        }
     }
 
     /// What a clone needs to know of it.
     #[must_use]
     pub fn state(&self) -> BlockState {
-        BlockState { sectors: self.backend.sectors(), read_only: self.backend.is_read_only(), flush: self.flush }
+        BlockState {
+            sectors: self.backend.sectors(),
+            read_only: self.backend.is_read_only(),
+            flush: self.flush,
+        }
     }
 
     /// A clone's device, on a backend of its own.
     #[must_use]
     pub fn from_state(backend: FileBackend, serial: String, state: &BlockState) -> Self {
-        Self { backend, serial, flush: state.flush }
+        Self {
+            backend,
+            serial,
+            flush: state.flush,
+        }
     }
 
     /// Carries out one request; returns its status and the bytes written before the status byte.
     fn request(&self, chain: &mut Chain, memory: &GuestMemoryMmap) -> (u32, u32) {
-        let Some(header) = take_header(chain, memory) else { return (VIRTIO_BLK_S_IOERR, 0) };
+        let Some(header) = take_header(chain, memory) else {
+            return (VIRTIO_BLK_S_IOERR, 0);
+        };
         let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
         let sector = u64::from_le_bytes([
             header[8], header[9], header[10], header[11], header[12], header[13], header[14], header[15],
@@ -74,9 +88,12 @@ impl Block {
                     *byte = value;
                 }
                 match chain.writable.first() {
-                    Some(buffer) if buffer.length >= VIRTIO_BLK_ID_BYTES => {
-                        bytes(memory.write_slice(&id, buffer.address).ok().map(|()| id.len() as u64))
-                    }
+                    Some(buffer) if buffer.length >= VIRTIO_BLK_ID_BYTES => bytes(
+                        memory
+                            .write_slice(&id, buffer.address)
+                            .ok()
+                            .map(|()| id.len() as u64),
+                    ),
                     _ => (VIRTIO_BLK_S_IOERR, 0),
                 }
             }
@@ -92,7 +109,9 @@ fn take_header(chain: &mut Chain, memory: &GuestMemoryMmap) -> Option<[u8; HEADE
     while have < HEADER {
         let buffer = chain.readable.first_mut()?;
         let take = (buffer.length as usize).min(HEADER - have);
-        memory.read_slice(header.get_mut(have..have + take)?, buffer.address).ok()?;
+        memory
+            .read_slice(header.get_mut(have..have + take)?, buffer.address)
+            .ok()?;
         have += take;
         if take as u32 == buffer.length {
             chain.readable.remove(0);
@@ -126,7 +145,11 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let read_only = if self.backend.is_read_only() { 1 << VIRTIO_BLK_F_RO } else { 0 };
+        let read_only = if self.backend.is_read_only() {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            0
+        };
         1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_FLUSH | read_only
     }
 
@@ -145,7 +168,12 @@ impl Device for Block {
         self.flush = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
     }
 
-    fn process(&mut self, index: usize, queues: &mut [Queue], memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+    fn process(
+        &mut self,
+        index: usize,
+        queues: &mut [Queue],
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, DeviceError> {
         let mut used = false;
         while let Some(mut chain) = queue::pop(queues, index, memory)? {
             let head = chain.head;

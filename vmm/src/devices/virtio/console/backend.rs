@@ -54,7 +54,9 @@ impl StreamBackend {
 
     /// Writes as much as fits: `None` when nothing fits now. Once the host program has gone, everything fits.
     pub fn write(&mut self, bytes: &[u8]) -> Option<usize> {
-        let Some(stream) = self.stream.as_mut() else { return Some(bytes.len()) };
+        let Some(stream) = self.stream.as_mut() else {
+            return Some(bytes.len());
+        };
         loop {
             match stream.write(bytes) {
                 Ok(count) => return Some(count),

@@ -124,7 +124,9 @@ impl Console {
         let mut done = 0usize;
         for buffer in &chain.writable {
             let rest = bytes.get(done..).unwrap_or_default();
-            let part = rest.get(..rest.len().min(buffer.length as usize)).unwrap_or_default();
+            let part = rest
+                .get(..rest.len().min(buffer.length as usize))
+                .unwrap_or_default();
             if part.is_empty() || memory.write_slice(part, buffer.address).is_err() {
                 break;
             }
@@ -153,10 +155,18 @@ impl Console {
                     }
                 }
             }
-            let Some(chain) = queue::pop(queues, RECEIVE, memory)? else { break };
+            let Some(chain) = queue::pop(queues, RECEIVE, memory)? else {
+                break;
+            };
             let done = Self::fill(&chain, &self.to_guest, memory);
             self.to_guest.drain(..done);
-            queue::give_back(queues, RECEIVE, memory, chain.head, u32::try_from(done).unwrap_or(0))?;
+            queue::give_back(
+                queues,
+                RECEIVE,
+                memory,
+                chain.head,
+                u32::try_from(done).unwrap_or(0),
+            )?;
             used = true;
         }
         Ok(used)
@@ -214,13 +224,27 @@ impl Console {
         true
     }
 
-    fn deliver_control(&mut self, queues: &mut [Queue], memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+    fn deliver_control(
+        &mut self,
+        queues: &mut [Queue],
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, DeviceError> {
         let mut used = false;
         while !self.control.is_empty() {
-            let Some(chain) = queue::pop(queues, CONTROL_TO_GUEST, memory)? else { break };
-            let Some(message) = self.control.pop_front() else { break };
+            let Some(chain) = queue::pop(queues, CONTROL_TO_GUEST, memory)? else {
+                break;
+            };
+            let Some(message) = self.control.pop_front() else {
+                break;
+            };
             let done = Self::fill(&chain, &message, memory);
-            queue::give_back(queues, CONTROL_TO_GUEST, memory, chain.head, u32::try_from(done).unwrap_or(0))?;
+            queue::give_back(
+                queues,
+                CONTROL_TO_GUEST,
+                memory,
+                chain.head,
+                u32::try_from(done).unwrap_or(0),
+            )?;
             used = true;
         }
         Ok(used)
@@ -231,7 +255,8 @@ impl Console {
         while let Some(chain) = queue::pop(queues, CONTROL_FROM_GUEST, memory)? {
             let mut message = [0u8; 8];
             let whole = chain.readable.first().is_some_and(|buffer| {
-                buffer.length as usize >= message.len() && memory.read_slice(&mut message, buffer.address).is_ok()
+                buffer.length as usize >= message.len()
+                    && memory.read_slice(&mut message, buffer.address).is_ok()
             });
             queue::give_back(queues, CONTROL_FROM_GUEST, memory, chain.head, 0)?;
             used = true;
@@ -283,7 +308,12 @@ impl Device for Console {
         self.guest_open = !self.multiport;
     }
 
-    fn process(&mut self, index: usize, queues: &mut [Queue], memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+    fn process(
+        &mut self,
+        index: usize,
+        queues: &mut [Queue],
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, DeviceError> {
         let mut used = [false; SIZES.len()];
         match index {
             RECEIVE => used[RECEIVE] = self.receive(queues, memory)?,

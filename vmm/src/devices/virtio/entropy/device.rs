@@ -33,7 +33,12 @@ impl Device for Entropy {
 
     fn activate(&mut self, _features: u64) {}
 
-    fn process(&mut self, index: usize, queues: &mut [Queue], memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+    fn process(
+        &mut self,
+        index: usize,
+        queues: &mut [Queue],
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, DeviceError> {
         let mut used = false;
         while let Some(chain) = queue::pop(queues, index, memory)? {
             let mut written = 0u32;
@@ -42,7 +47,10 @@ impl Device for Entropy {
                 let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
                     .map_err(|error| DeviceError::Backend("entropy", error.into()))?;
                 // A buffer outside memory gets nothing; the guest sees the length.
-                if memory.write_slice(bytes.get(..filled).unwrap_or_default(), buffer.address).is_ok() {
+                if memory
+                    .write_slice(bytes.get(..filled).unwrap_or_default(), buffer.address)
+                    .is_ok()
+                {
                     written = written.saturating_add(u32::try_from(filled).unwrap_or(0));
                 }
                 if written as usize >= REQUEST_MAX {
