@@ -8,7 +8,10 @@ use picovm_rootfs::image::{self, Progress};
 use serde::{Deserialize, Serialize};
 
 use crate::error::EngineError;
-use crate::store::{self, Store};
+use crate::store::{self, Lock, Store};
+
+/// Begins the name of a directory in which an image is being built.
+const BUILDING: &str = ".building-";
 
 /// An image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,9 +71,12 @@ impl Store {
     ) -> Result<Image, EngineError> {
         let record = self.name_record(name)?;
         let old = self.image(name).ok();
+        // One build at a time, so that what a build that was killed has left can be told from one that goes on.
+        let _lock = Lock::take(&self.files().join(".lock"))?;
+        store::remove_leftovers(&self.files(), BUILDING);
         // A name of its own while it is built: the digest is known at the end.
         let partial = tempfile::Builder::new()
-            .prefix(".building-")
+            .prefix(BUILDING)
             .tempdir_in(self.files())
             .map_err(EngineError::store("create a directory in", &self.files()))?;
         let built = partial.path().join("image.erofs");
@@ -252,6 +258,7 @@ mod tests {
             .unwrap();
         assert_ne!(new.digest, old.digest);
         assert!(!old.file.exists());
-        assert_eq!(fs::read_dir(store.files()).unwrap().count(), 1);
+        let files = fs::read_dir(store.files()).unwrap().map(|entry| entry.unwrap().file_name());
+        assert_eq!(files.filter(|name| name != ".lock").count(), 1);
     }
 }

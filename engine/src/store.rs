@@ -121,6 +121,15 @@ pub(crate) fn remove(path: &Path) -> Result<(), EngineError> {
     }
 }
 
+/// Removes directories whose names begin with `prefix`. What cannot be removed only takes room.
+pub(crate) fn remove_leftovers(directory: &Path, prefix: &str) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(prefix) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// A lock on a file, held until dropped, by this process against others and itself.
 pub(crate) struct Lock {
     _file: File,

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use picovm_vmm::template::{FORMAT_VERSION, Metadata};
+use picovm_vmm::template::{FORMAT_VERSION, Metadata, partial_prefix};
 use picovm_vmm::{Disk, FreezeOptions, Machine, MachineConfig, Outcome, Template, TemplateError};
 
 use crate::error::EngineError;
@@ -191,6 +191,8 @@ impl Store {
         path: PathBuf,
         progress: &mut dyn FnMut(TemplateProgress),
     ) -> Result<Template, EngineError> {
+        // A builder that was killed may have left something half-written; one that is alive would hold the lock.
+        store::remove_leftovers(&self.templates_directory(), &partial_prefix(&path));
         progress(TemplateProgress::Booting {
             image: spec.image.name.clone(),
             memory_mib: spec.memory_mib,

@@ -14,6 +14,13 @@ use super::format::{self, FORMAT_VERSION, FileRecord, MEMORY, METADATA, Metadata
 use super::open::{self, Template};
 use crate::machine::{Machine, MachineError};
 
+/// Begins the name of the directory, beside a template's own, into which the template is written before it gets its
+/// name. A freeze that is killed leaves it.
+#[must_use]
+pub fn partial_prefix(directory: &Path) -> String {
+    format!(".freezing-{}-", directory.file_name().unwrap_or_default().to_string_lossy())
+}
+
 /// What is written beside the machine itself.
 #[derive(Clone, Debug, Default)]
 pub struct FreezeOptions {
@@ -39,7 +46,7 @@ impl Machine {
         fs::create_dir_all(parent).map_err(TemplateError::io("create the directory", parent))?;
         // Removed when dropped, so on every error.
         let partial = tempfile::Builder::new()
-            .prefix(".freezing-")
+            .prefix(&partial_prefix(directory))
             .tempdir_in(parent)
             .map_err(TemplateError::io("create a directory in", parent))?;
 

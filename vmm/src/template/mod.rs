@@ -14,6 +14,6 @@ mod format;
 mod freeze;
 mod open;
 
-pub use format::{FORMAT_VERSION, FileRecord, Metadata, TemplateError};
-pub use freeze::FreezeOptions;
+pub use format::{FORMAT_VERSION, FileRecord, Metadata, TemplateError, encode as encode_metadata};
+pub use freeze::{FreezeOptions, partial_prefix};
 pub use open::{ForkOptions, Template};

@@ -1,0 +1,73 @@
+//! KVM that is not there or not allowed, guests' files that are missing.
+
+use std::process::Command;
+
+use crate::{picovm, stderr, store, template};
+
+/// Runs `picovm run debian true` after a preparation in a mount namespace of its own.
+fn with(preparation: &str) -> std::process::Output {
+    template();
+    let script = format!("{preparation} && exec \"$0\" run debian true");
+    Command::new("unshare")
+        .args(["--mount", "sh", "-c", &script])
+        .arg(picovm_tests::binary())
+        .env("PICOVM_HOME", store().path())
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn without_kvm_the_error_says_what_to_load() {
+    let output = with("mount -t tmpfs none /dev");
+    assert_eq!(output.status.code(), Some(125));
+    assert!(stderr(&output).contains("cannot open /dev/kvm"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("load kvm_intel or kvm_amd"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_user_who_may_not_use_kvm_is_told_so() {
+    template();
+    // The directories on the way are made by root for itself.
+    let script = "chmod 600 /dev/kvm && chmod 755 $PICOVM_HOME && chmod -R go+rX $PICOVM_HOME && \
+                  exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$0\" run debian true";
+    let output = Command::new("sh")
+        .args(["-c", script])
+        .arg(picovm_tests::binary())
+        .env("PICOVM_HOME", store().path())
+        .output()
+        .unwrap();
+    Command::new("chmod").args(["666", "/dev/kvm"]).status().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(stderr(&output).contains("may not use KVM"), "{}", stderr(&output));
+}
+
+#[test]
+fn missing_guest_files_are_named_with_what_makes_them() {
+    let output = picovm(&["run", "debian", "true"]).env("PICOVM_GUEST", "/nowhere").output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(stderr(&output).contains("/nowhere/vmlinux") && stderr(&output).contains("make build"), "{}", stderr(&output));
+}
+
+#[test]
+fn an_image_whose_file_is_gone_is_told_as_such() {
+    let own = picovm_tests::OwnStore::new().unwrap();
+    std::fs::remove_file(own.image().unwrap().file).unwrap();
+    let output = own.picovm().args(["run", "debian", "true"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(stderr(&output).contains("is missing"), "{}", stderr(&output));
+}
+
+#[test]
+fn an_image_without_a_shell_still_runs_what_it_has() {
+    let directory = tempfile::tempdir().unwrap();
+    let tree = directory.path().join("tree");
+    std::fs::create_dir_all(tree.join("bin")).unwrap();
+    std::fs::copy(picovm_tests::binary(), tree.join("bin/picovm")).unwrap();
+    let home = directory.path().join("store");
+    let built = picovm_tests::picovm_in(&home).args(["image", "build", "tiny"]).arg(&tree).output().unwrap();
+    assert!(built.status.success(), "{}", stderr(&built));
+    let output = picovm_tests::picovm_in(&home).args(["run", "tiny", "picovm", "--version"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("picovm "), "{}", stderr(&output));
+    let output = picovm_tests::picovm_in(&home).args(["run", "tiny", "sh"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(127));
+}
