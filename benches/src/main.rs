@@ -1,2 +1,74 @@
-//! Latency and memory of boot, freeze, fork and run.
-fn main() {}
+//! Latency and memory of boot, freeze, fork and run: one program that measures everything by name, prints a table for
+//! people and writes one JSON file. What the figures mean is in `docs/performance.md`.
+//!
+//! Everything that is read while the clock runs lies in a directory of its own ([`workspace`]), so that no disk and
+//! no shared file system is measured.
+
+mod boot;
+mod guest;
+mod host;
+mod report;
+mod rounds;
+mod start;
+mod workspace;
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Parser;
+
+use report::Report;
+use rounds::Selection;
+use workspace::Workspace;
+
+/// Environment variable with the path of a Firecracker binary to compare with.
+const FIRECRACKER_VARIABLE: &str = "PICOVM_BENCH_FIRECRACKER";
+
+/// Measures boot, freeze, fork and run.
+///
+/// PICOVM_BENCH_FIRECRACKER may name a Firecracker binary to compare with.
+#[derive(Parser)]
+#[command(name = "picovm-bench", version)]
+struct Arguments {
+    /// Where the figures go as JSON
+    #[arg(long, value_name = "FILE", default_value = "target/bench/report.json")]
+    json: PathBuf,
+    /// Measure only what begins with one of these names, separated by commas
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    only: Vec<String>,
+    /// Rounds that count, of starts; of boots it is a fifth of them
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    rounds: u32,
+}
+
+fn main() {
+    // This very binary is also what is measured as a process: before anything that costs.
+    if let Some(status) = boot::as_process().or_else(workspace::as_static_program) {
+        std::process::exit(status);
+    }
+    if let Err(error) = run(&Arguments::parse()) {
+        eprintln!("error: {error:#}");
+        std::process::exit(1);
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let selection = Selection::new(&arguments.only);
+    let firecracker = std::env::var_os(FIRECRACKER_VARIABLE).filter(|path| !path.is_empty());
+    let workspace = Workspace::prepare(firecracker.map(PathBuf::from).as_deref())?;
+    let mut report = Report::new(&workspace)?;
+
+    boot::measure(&workspace, &selection, (arguments.rounds / 5).max(1), &mut report)?;
+    start::measure(&workspace, &selection, arguments.rounds, &mut report)?;
+
+    if report.measures.is_empty() {
+        anyhow::bail!(
+            "--only {} names nothing that is measured",
+            arguments.only.join(",")
+        );
+    }
+    print!("{}", report.table());
+    report
+        .write(&arguments.json)
+        .with_context(|| format!("cannot write the figures to {}", arguments.json.display()))
+}

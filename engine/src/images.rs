@@ -258,7 +258,9 @@ mod tests {
             .unwrap();
         assert_ne!(new.digest, old.digest);
         assert!(!old.file.exists());
-        let files = fs::read_dir(store.files()).unwrap().map(|entry| entry.unwrap().file_name());
+        let files = fs::read_dir(store.files())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name());
         assert_eq!(files.filter(|name| name != ".lock").count(), 1);
     }
 }

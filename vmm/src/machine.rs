@@ -21,7 +21,7 @@ use crate::arch::cpuid::Processor;
 use crate::arch::{boot, cpuid, layout};
 use crate::config::{ConfigError, MachineConfig};
 use crate::devices::bus::{Devices, InterruptLine, KvmLine};
-use crate::devices::legacy::{ConsoleLog, Ports};
+use crate::devices::legacy::{ConsoleLog, Ports, PortsState};
 use crate::devices::trap::{Trap, TrapState};
 use crate::devices::virtio::DeviceError;
 use crate::devices::virtio::block::{BackendError, FileBackend};
@@ -120,6 +120,8 @@ pub struct MachineState {
     pub slots: Vec<SlotState>,
     /// Freeze trap.
     pub trap: TrapState,
+    /// Serial port.
+    pub ports: PortsState,
 }
 
 /// What a machine that is built from state gets of its own.
@@ -154,6 +156,8 @@ pub struct Machine {
     stopped: Arc<EventFd>,
     running: Vec<bool>,
     phase: Phase,
+    /// A stop that a pause met, for the next wait.
+    pending: Option<Stop>,
     exits: Arc<ExitCounters>,
 }
 
@@ -221,6 +225,7 @@ impl Machine {
             vcpus.push(vcpu);
         }
 
+        let ports = Ports::new(serial_line(&vm), ConsoleLog::new(log));
         let parts = Parts {
             kvm,
             vm,
@@ -229,7 +234,7 @@ impl Machine {
             processor: Processor::of(&supported),
             slots,
             trap: Trap::default(),
-            log,
+            ports,
             connection,
             vcpus,
         };
@@ -281,6 +286,8 @@ impl Machine {
             )?);
         }
 
+        let ports = Ports::from_state(&state.ports, serial_line(&vm), ConsoleLog::new(own.console_log))
+            .ok_or(MachineError::State("its serial port holds more than one can"))?;
         let parts = Parts {
             kvm: kvm.clone(),
             vm,
@@ -289,7 +296,7 @@ impl Machine {
             processor: processor.clone(),
             slots,
             trap: Trap::from_state(&state.trap),
-            log: own.console_log,
+            ports,
             connection,
             vcpus,
         };
@@ -297,9 +304,8 @@ impl Machine {
     }
 
     fn assemble(parts: Parts) -> Result<Self, MachineError> {
-        let serial_line = Arc::new(KvmLine::new(parts.vm.clone(), layout::SERIAL_IRQ));
         let devices = Arc::new(Devices {
-            ports: Mutex::new(Ports::new(serial_line, ConsoleLog::new(parts.log))),
+            ports: Mutex::new(parts.ports),
             trap: Mutex::new(parts.trap),
             slots: parts.slots,
         });
@@ -334,6 +340,7 @@ impl Machine {
             stops,
             stopped,
             phase: Phase::Paused,
+            pending: None,
             exits,
         })
     }
@@ -350,11 +357,15 @@ impl Machine {
         self.devices.slots.iter().any(Slot::output_waits)
     }
 
-    /// Lets the machine run. Without effect on one that runs.
+    /// Lets the machine run. Without effect on one that runs, and on one that stopped by itself when it was paused:
+    /// [`Machine::wait`] tells that first.
     ///
     /// # Errors
     /// [`MachineError::NotPaused`] if it has ended.
     pub fn start(&mut self) -> Result<(), MachineError> {
+        if self.pending.is_some() {
+            return Ok(());
+        }
         match self.phase {
             Phase::Running => return Ok(()),
             Phase::Ended => return Err(MachineError::NotPaused("start")),
@@ -382,6 +393,10 @@ impl Machine {
     /// # Errors
     /// [`MachineError::NotPaused`] if it was not started, [`MachineError::Thread`].
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Option<Outcome>, MachineError> {
+        if let Some(stop) = self.pending.take() {
+            let _ = self.stopped.read();
+            return Ok(outcome(stop));
+        }
         if self.phase != Phase::Running {
             return Err(MachineError::NotPaused("wait for"));
         }
@@ -399,25 +414,10 @@ impl Machine {
                 }
             }
         };
-        let mut stop = self.note(index, stop);
-        for other in self.halt()? {
-            // What ends the machine is told rather than a freeze point reached at the same time.
-            if matches!(stop, Stop::FreezePoint | Stop::Paused) {
-                stop = other;
-            }
-        }
+        let first = self.note(index, stop);
+        let stop = self.halt(first)?;
         let _ = self.stopped.read();
-        let outcome = match stop {
-            Stop::FreezePoint => Outcome::FreezePoint,
-            Stop::PowerOff => Outcome::PowerOff,
-            Stop::Reset => Outcome::Reset,
-            Stop::Crash(reason) => Outcome::Crash(reason),
-            Stop::Paused => return Ok(None),
-        };
-        if outcome != Outcome::FreezePoint {
-            self.phase = Phase::Ended;
-        }
-        Ok(Some(outcome))
+        Ok(outcome(stop))
     }
 
     /// [`Machine::start`] and [`Machine::wait`]: `Ok(None)` if `timeout` has passed; the machine then still runs.
@@ -429,19 +429,15 @@ impl Machine {
         self.wait(timeout)
     }
 
-    /// Lets a running machine stand still at the next instruction.
+    /// Lets a running machine stand still at the next instruction. If it stops by itself at this very moment, the next
+    /// [`Machine::wait`] tells so.
     ///
     /// # Errors
     /// [`MachineError::Thread`].
     pub fn pause(&mut self) -> Result<(), MachineError> {
         if self.phase == Phase::Running {
-            let ended = self
-                .halt()?
-                .into_iter()
-                .any(|stop| !matches!(stop, Stop::Paused | Stop::FreezePoint));
-            if ended {
-                self.phase = Phase::Ended;
-            }
+            let stop = self.halt(Stop::Paused)?;
+            self.pending = Some(stop).filter(|stop| *stop != Stop::Paused);
         }
         Ok(())
     }
@@ -453,23 +449,29 @@ impl Machine {
         stop
     }
 
-    /// Stops every vCPU that runs, then the devices; returns why each stopped that did not just pause.
-    fn halt(&mut self) -> Result<Vec<Stop>, MachineError> {
+    /// Stops every vCPU that runs, and the devices. Returns why the machine stopped, of `stop` and what else its vCPUs
+    /// have to tell: what ends the machine rather than a freeze point reached at the same time.
+    fn halt(&mut self, mut stop: Stop) -> Result<Stop, MachineError> {
         for (vcpu, running) in self.vcpus.iter().zip(&self.running) {
             if *running {
                 vcpu.pause();
             }
         }
-        let mut others = Vec::new();
+        // While vCPUs still run: one may be at work for a queue that another keeps filling. What a device leaves undone
+        // it finds when it is resumed.
+        self.devices.pause();
         while self.running.contains(&true) {
-            let (index, stop) = self.stops.recv().map_err(|_| MachineError::Thread)?;
-            if self.note(index, stop.clone()) != Stop::Paused {
-                others.push(stop);
+            let (index, other) = self.stops.recv().map_err(|_| MachineError::Thread)?;
+            let other = self.note(index, other);
+            if stop == Stop::Paused || stop == Stop::FreezePoint && other != Stop::Paused {
+                stop = other;
             }
         }
-        self.devices.pause();
-        self.phase = Phase::Paused;
-        Ok(others)
+        self.phase = match stop {
+            Stop::Paused | Stop::FreezePoint => Phase::Paused,
+            Stop::PowerOff | Stop::Reset | Stop::Crash(_) => Phase::Ended,
+        };
+        Ok(stop)
     }
 
     /// Captures everything but the memory of a machine that stands still.
@@ -501,6 +503,7 @@ impl Machine {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .state(),
+            ports: self.devices.ports.lock().unwrap_or_else(PoisonError::into_inner).state(),
         })
     }
 
@@ -539,9 +542,20 @@ impl Drop for Machine {
         for vcpu in &self.vcpus {
             vcpu.pause();
         }
+        self.devices.pause();
         self.vcpus.clear();
         self.device_thread = None;
     }
+}
+
+fn outcome(stop: Stop) -> Option<Outcome> {
+    Some(match stop {
+        Stop::FreezePoint => Outcome::FreezePoint,
+        Stop::PowerOff => Outcome::PowerOff,
+        Stop::Reset => Outcome::Reset,
+        Stop::Crash(reason) => Outcome::Crash(reason),
+        Stop::Paused => return None,
+    })
 }
 
 struct Parts {
@@ -552,7 +566,7 @@ struct Parts {
     processor: Processor,
     slots: Vec<Slot>,
     trap: Trap,
-    log: Option<File>,
+    ports: Ports,
     connection: UnixStream,
     vcpus: Vec<VcpuFd>,
 }
@@ -594,6 +608,10 @@ fn msr_list(kvm: &Kvm) -> Result<MsrList, MachineError> {
     ioctl(0, "set the CPUID", vcpu.set_cpuid2(&cpuid))?;
     let fresh = vcpu::read_msrs(&vcpu, 0, &numbers)?;
     Ok(MsrList { numbers, fresh })
+}
+
+fn serial_line(vm: &Arc<VmFd>) -> Arc<dyn InterruptLine> {
+    Arc::new(KvmLine::new(vm.clone(), layout::SERIAL_IRQ))
 }
 
 fn line(vm: &Arc<VmFd>, slot: usize) -> Arc<dyn InterruptLine> {

@@ -4,7 +4,7 @@
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
@@ -12,7 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use tracing::{debug, warn};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::devices::bus::Devices;
 use crate::devices::trap::TrapAction;
@@ -125,10 +125,12 @@ impl VcpuThread {
     /// # Errors
     /// As thread creation.
     pub fn spawn(mut vcpu: VcpuFd, context: VcpuContext) -> std::io::Result<Self> {
-        static HANDLER: Once = Once::new();
-        let mut installed = Ok(());
-        HANDLER.call_once(|| installed = register_signal_handler(kick_signal(), do_nothing));
-        installed.map_err(|error| std::io::Error::from_raw_os_error(error.errno()))?;
+        static HANDLER: OnceLock<Result<(), i32>> = OnceLock::new();
+        HANDLER
+            .get_or_init(|| {
+                register_signal_handler(kick_signal(), do_nothing).map_err(|error| error.errno())
+            })
+            .map_err(std::io::Error::from_raw_os_error)?;
 
         let kick = Arc::new(Kick::default());
         let run: *mut kvm_bindings::kvm_run = vcpu.get_kvm_run();
@@ -142,6 +144,10 @@ impl VcpuThread {
                 .name(format!("vcpu{}", context.index))
                 .stack_size(256 << 10)
                 .spawn(move || {
+                    // The mask is that of who made the machine, and a blocked signal does not interrupt KVM_RUN.
+                    if let Err(error) = unblock_signal(kick_signal()) {
+                        warn!(%error, "a pause may not reach a vCPU");
+                    }
                     serve(&mut vcpu, &context, &kick, &inbox);
                     let _alive = kick.alive.lock().unwrap_or_else(PoisonError::into_inner);
                     kick.immediate_exit.store(std::ptr::null_mut(), Ordering::Relaxed);
@@ -207,11 +213,12 @@ fn serve(vcpu: &mut VcpuFd, context: &VcpuContext, kick: &Kick, inbox: &Receiver
         match command {
             Command::Run => {
                 let stop = run(vcpu, context, kick);
-                let told = stop == Stop::Paused;
-                let _ = context.stops.send((context.index, stop));
-                if !told {
+                // Before the stop is told: whoever receives it lowers the eventfd again, and one that is raised after
+                // that would announce a stop of the next run.
+                if stop != Stop::Paused {
                     let _ = context.stopped.write(1);
                 }
+                let _ = context.stops.send((context.index, stop));
             }
             Command::Save(msrs, reply) => {
                 let _ = reply.send(vcpu::save(vcpu, context.index, &msrs));

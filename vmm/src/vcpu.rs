@@ -59,6 +59,8 @@ pub struct Msr {
 /// Everything that a vCPU holds between two instructions.
 #[derive(Serialize, Deserialize)]
 pub struct VcpuState {
+    /// Rate of the time stamp counter in kHz; 0 where KVM does not know it.
+    pub tsc_khz: u32,
     /// CPUID as the guest was told.
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// Model-specific registers that differ from those of a fresh vCPU.
@@ -170,7 +172,6 @@ pub fn save(vcpu: &VcpuFd, index: u8, list: &MsrList) -> Result<VcpuState, VcpuE
     let xsave = ioctl(index, "save the vector registers", vcpu.get_xsave())?;
     let xcrs = ioctl(index, "save the extended control registers", vcpu.get_xcrs())?;
     let debug = ioctl(index, "save the debug registers", vcpu.get_debug_regs())?;
-    let lapic = ioctl(index, "save the local APIC", vcpu.get_lapic())?;
     let mut msrs = read_msrs(vcpu, index, &list.numbers)?;
     msrs.retain(|msr| msr.index == MSR_TSC || !list.fresh.contains(msr));
     msrs.sort_by_key(|msr| match msr.index {
@@ -178,7 +179,12 @@ pub fn save(vcpu: &VcpuFd, index: u8, list: &MsrList) -> Result<VcpuState, VcpuE
         MSR_TSC_DEADLINE => 2,
         _ => 1,
     });
+    // After the registers: KVM may deliver an expired timer at any moment, and then clears its deadline. Read in this
+    // order, the interrupt is in one of the two, or in both and comes twice, but never in neither.
+    let lapic = ioctl(index, "save the local APIC", vcpu.get_lapic())?;
     let events = ioctl(index, "save the pending events", vcpu.get_vcpu_events())?;
+    // Refused where the host's own counter is not stable.
+    let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
     let cpuid = ioctl(
         index,
         "save the CPUID",
@@ -187,6 +193,7 @@ pub fn save(vcpu: &VcpuFd, index: u8, list: &MsrList) -> Result<VcpuState, VcpuE
     .as_slice()
     .to_vec();
     Ok(VcpuState {
+        tsc_khz,
         cpuid,
         msrs,
         regs,
@@ -205,6 +212,10 @@ pub fn load(vcpu: &VcpuFd, index: u8, state: &VcpuState) -> Result<(), VcpuError
     // CPUID first: KVM checks what follows against it. The local APIC before the timer's deadline.
     let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| VcpuError::List { what: "CPUID", index })?;
     ioctl(index, "load the CPUID", vcpu.set_cpuid2(&cpuid))?;
+    // The guest has measured the rate and never does again. KVM scales where this host's differs by more than 250 ppm.
+    if state.tsc_khz != 0 {
+        ioctl(index, "load the rate of the time stamp counter", vcpu.set_tsc_khz(state.tsc_khz))?;
+    }
     ioctl(index, "load the run state", vcpu.set_mp_state(state.mp_state))?;
     ioctl(index, "load the registers", vcpu.set_regs(&state.regs))?;
     ioctl(index, "load the control registers", vcpu.set_sregs(&state.sregs))?;

@@ -11,7 +11,11 @@ use crate::{picovm, stderr, stdout, template};
 fn settles_to(before: &Holdings) {
     let give_up = Instant::now() + Duration::from_secs(20);
     while Holdings::now() != *before {
-        assert!(Instant::now() < give_up, "held before: {before:?}, now: {:?}", Holdings::now());
+        assert!(
+            Instant::now() < give_up,
+            "held before: {before:?}, now: {:?}",
+            Holdings::now()
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
 }
@@ -27,7 +31,11 @@ fn warm() -> Holdings {
 fn two_hundred_in_sequence_are_right_and_leave_nothing() {
     let before = warm();
     for number in 0..200u32 {
-        let done = capture(template(), &script(&format!("echo clone {number}; exit {}", number % 256))).unwrap();
+        let done = capture(
+            template(),
+            &script(&format!("echo clone {number}; exit {}", number % 256)),
+        )
+        .unwrap();
         assert_eq!(done.text(), format!("clone {number}"));
         assert_eq!(done.exit, ContainerExit::Code((number % 256) as u8));
     }
@@ -41,7 +49,8 @@ fn fifty_at_once_are_right_and_leave_nothing() {
         let running: Vec<_> = (0..50u32)
             .map(|number| {
                 scope.spawn(move || {
-                    let text = format!("echo clone {number}; echo $$ > /tmp/mine; cat /tmp/mine >&2; exit {number}");
+                    let text =
+                        format!("echo clone {number}; echo $$ > /tmp/mine; cat /tmp/mine >&2; exit {number}");
                     (number, capture(template(), &script(&text)))
                 })
             })
@@ -105,8 +114,13 @@ fn a_clone_owns_little_of_its_memory() {
         clone.wait_for_output(Duration::from_secs(60)).unwrap();
     }
     let (owned, shared) = picovm_tests::clone_memory();
-    assert!(owned / 5 < 3 << 20, "{} KiB owned by a clone", owned / 5 >> 10);
-    assert!(shared > owned, "{} KiB shared, {} KiB owned", shared >> 10, owned >> 10);
+    assert!(owned / 5 < 3 << 20, "{} KiB owned by a clone", (owned / 5) >> 10);
+    assert!(
+        shared > owned,
+        "{} KiB shared, {} KiB owned",
+        shared >> 10,
+        owned >> 10
+    );
 }
 
 #[test]
@@ -119,7 +133,8 @@ fn a_killed_picovm_leaves_no_process() {
         .unwrap();
     let mut said = [0u8; 3];
     child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
-    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap_or_default();
+    let children =
+        std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap_or_default();
     assert_eq!(children, "", "a clone is a process of its own, without helpers");
     child.kill().unwrap();
     child.wait().unwrap();

@@ -20,8 +20,16 @@ fn with(preparation: &str) -> std::process::Output {
 fn without_kvm_the_error_says_what_to_load() {
     let output = with("mount -t tmpfs none /dev");
     assert_eq!(output.status.code(), Some(125));
-    assert!(stderr(&output).contains("cannot open /dev/kvm"), "{}", stderr(&output));
-    assert!(stderr(&output).contains("load kvm_intel or kvm_amd"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("cannot open /dev/kvm"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(
+        stderr(&output).contains("load kvm_intel or kvm_amd"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
@@ -43,9 +51,16 @@ fn a_user_who_may_not_use_kvm_is_told_so() {
 
 #[test]
 fn missing_guest_files_are_named_with_what_makes_them() {
-    let output = picovm(&["run", "debian", "true"]).env("PICOVM_GUEST", "/nowhere").output().unwrap();
+    let output = picovm(&["run", "debian", "true"])
+        .env("PICOVM_GUEST", "/nowhere")
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(125));
-    assert!(stderr(&output).contains("/nowhere/vmlinux") && stderr(&output).contains("make build"), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("/nowhere/vmlinux") && stderr(&output).contains("make build"),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
@@ -64,10 +79,24 @@ fn an_image_without_a_shell_still_runs_what_it_has() {
     std::fs::create_dir_all(tree.join("bin")).unwrap();
     std::fs::copy(picovm_tests::binary(), tree.join("bin/picovm")).unwrap();
     let home = directory.path().join("store");
-    let built = picovm_tests::picovm_in(&home).args(["image", "build", "tiny"]).arg(&tree).output().unwrap();
+    let built = picovm_tests::picovm_in(&home)
+        .args(["image", "build", "tiny"])
+        .arg(&tree)
+        .output()
+        .unwrap();
     assert!(built.status.success(), "{}", stderr(&built));
-    let output = picovm_tests::picovm_in(&home).args(["run", "tiny", "picovm", "--version"]).output().unwrap();
-    assert!(String::from_utf8_lossy(&output.stdout).starts_with("picovm "), "{}", stderr(&output));
-    let output = picovm_tests::picovm_in(&home).args(["run", "tiny", "sh"]).output().unwrap();
+    let output = picovm_tests::picovm_in(&home)
+        .args(["run", "tiny", "picovm", "--version"])
+        .output()
+        .unwrap();
+    assert!(
+        String::from_utf8_lossy(&output.stdout).starts_with("picovm "),
+        "{}",
+        stderr(&output)
+    );
+    let output = picovm_tests::picovm_in(&home)
+        .args(["run", "tiny", "sh"])
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(127));
 }

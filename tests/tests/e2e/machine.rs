@@ -14,7 +14,10 @@ const PATIENCE: Option<Duration> = Some(Duration::from_secs(60));
 fn config() -> MachineConfig {
     let mut config = MachineConfig::new(guest().kernel);
     config.initramfs = Some(guest().initramfs);
-    config.disks = vec![Disk { path: image_file(), read_only: true }];
+    config.disks = vec![Disk {
+        path: image_file(),
+        read_only: true,
+    }];
     config
 }
 
@@ -34,7 +37,12 @@ fn identity(script: &str) -> Vec<u8> {
 
 /// Runs a script in a clone and returns its output and its exit.
 fn run(template: &Template, script: &str) -> (String, ContainerExit) {
-    let mut clone = template.fork(ForkOptions { identity: identity(script), ..Default::default() }).unwrap();
+    let mut clone = template
+        .fork(ForkOptions {
+            identity: identity(script),
+            ..Default::default()
+        })
+        .unwrap();
     talk(&mut clone)
 }
 
@@ -66,7 +74,11 @@ fn a_kernel_without_a_root_resets_itself_and_the_console_says_why() {
     config.memory_mib = 64;
     let mut machine = Machine::boot(&config).unwrap();
     assert_eq!(machine.run(PATIENCE).unwrap(), Some(Outcome::Reset));
-    assert!(machine.console_tail().contains("Kernel panic"), "{}", machine.console_tail());
+    assert!(
+        machine.console_tail().contains("Kernel panic"),
+        "{}",
+        machine.console_tail()
+    );
     assert!(machine.start().is_err(), "it has ended");
 }
 
@@ -87,7 +99,11 @@ fn a_guest_that_cannot_go_on_powers_off_and_says_why() {
     config.console_log = Some(log.path().to_owned());
     let mut machine = Machine::boot(&config).unwrap();
     assert_eq!(machine.run(PATIENCE).unwrap(), Some(Outcome::PowerOff));
-    assert!(std::fs::read_to_string(log.path()).unwrap().contains("no /dev/vda"));
+    assert!(
+        std::fs::read_to_string(log.path())
+            .unwrap()
+            .contains("no /dev/vda")
+    );
 }
 
 #[test]
@@ -96,8 +112,13 @@ fn one_machine_freezes_into_many_templates_and_a_template_opens_again() {
     let mut parent = Machine::boot(&config()).unwrap();
     assert_eq!(parent.run(PATIENCE).unwrap(), Some(Outcome::FreezePoint));
     for name in ["first", "second"] {
-        let template = parent.freeze(&directory.path().join(name), &FreezeOptions::default()).unwrap();
-        assert_eq!(run(&template, "echo $0 ok; exit 5"), ("sh ok".into(), ContainerExit::Code(5)));
+        let template = parent
+            .freeze(&directory.path().join(name), &FreezeOptions::default())
+            .unwrap();
+        assert_eq!(
+            run(&template, "echo $0 ok; exit 5"),
+            ("sh ok".into(), ContainerExit::Code(5))
+        );
         drop(template);
         let again = Template::open(&directory.path().join(name)).unwrap();
         assert_eq!(run(&again, "echo again").0, "again");
@@ -111,11 +132,15 @@ fn a_clone_that_is_frozen_again_is_a_template() {
     let directory = tempfile::tempdir().unwrap();
     let mut parent = Machine::boot(&config()).unwrap();
     assert_eq!(parent.run(PATIENCE).unwrap(), Some(Outcome::FreezePoint));
-    let base = parent.freeze(&directory.path().join("base"), &FreezeOptions::default()).unwrap();
+    let base = parent
+        .freeze(&directory.path().join("base"), &FreezeOptions::default())
+        .unwrap();
     // Without an identity a clone is what its parent was: it goes back to the freeze point.
     let mut clone = base.fork(ForkOptions::default()).unwrap();
     assert_eq!(clone.run(PATIENCE).unwrap(), Some(Outcome::FreezePoint));
-    let deeper = clone.freeze(&directory.path().join("deeper"), &FreezeOptions::default()).unwrap();
+    let deeper = clone
+        .freeze(&directory.path().join("deeper"), &FreezeOptions::default())
+        .unwrap();
     assert_eq!(run(&deeper, "echo deep").0, "deep");
 }
 
@@ -124,9 +149,16 @@ fn a_running_clone_can_be_paused_and_goes_on() {
     let directory = tempfile::tempdir().unwrap();
     let mut parent = Machine::boot(&config()).unwrap();
     assert_eq!(parent.run(PATIENCE).unwrap(), Some(Outcome::FreezePoint));
-    let template = parent.freeze(&directory.path().join("t"), &FreezeOptions::default()).unwrap();
+    let template = parent
+        .freeze(&directory.path().join("t"), &FreezeOptions::default())
+        .unwrap();
     let script = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo $i";
-    let mut clone = template.fork(ForkOptions { identity: identity(script), ..Default::default() }).unwrap();
+    let mut clone = template
+        .fork(ForkOptions {
+            identity: identity(script),
+            ..Default::default()
+        })
+        .unwrap();
     clone.start().unwrap();
     for _ in 0..20 {
         std::thread::sleep(Duration::from_millis(5));
@@ -146,23 +178,42 @@ fn a_writable_disk_keeps_what_is_written_and_a_read_only_one_refuses() {
     file.write_all(b"from the host").unwrap();
     file.set_len(1 << 20).unwrap();
     let mut config = config();
-    config.disks.push(Disk { path: disk.clone(), read_only: false });
-    config.disks.push(Disk { path: disk.clone(), read_only: true });
+    config.disks.push(Disk {
+        path: disk.clone(),
+        read_only: false,
+    });
+    config.disks.push(Disk {
+        path: disk.clone(),
+        read_only: true,
+    });
     let mut parent = Machine::boot(&config).unwrap();
     assert_eq!(parent.run(PATIENCE).unwrap(), Some(Outcome::FreezePoint));
-    let template = parent.freeze(&directory.path().join("t"), &FreezeOptions::default()).unwrap();
+    let template = parent
+        .freeze(&directory.path().join("t"), &FreezeOptions::default())
+        .unwrap();
     drop(parent);
     let script = "head -c 13 /dev/vdb; echo; printf 'from the guest' | dd of=/dev/vdb bs=512 seek=100 conv=sync,fsync \
                   2>/dev/null || echo no; echo x 2>/dev/null > /dev/vdc || echo refused";
     let (output, exit) = run(&template, script);
-    assert_eq!((output.as_str(), exit), ("from the host\nrefused", ContainerExit::Code(0)));
+    assert_eq!(
+        (output.as_str(), exit),
+        ("from the host\nrefused", ContainerExit::Code(0))
+    );
     let bytes = std::fs::read(&disk).unwrap();
     assert_eq!(&bytes[100 * 512..100 * 512 + 14], b"from the guest");
 
     // A clone's disk must be as large as the one that its guest knows.
-    std::fs::File::options().write(true).open(&disk).unwrap().set_len(1 << 19).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(&disk)
+        .unwrap()
+        .set_len(1 << 19)
+        .unwrap();
     let error = template.fork(ForkOptions::default()).err().unwrap().to_string();
-    assert!(error.contains("has 1024 sectors") && error.contains("rebuild"), "{error}");
+    assert!(
+        error.contains("has 1024 sectors") && error.contains("rebuild"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -177,8 +228,13 @@ fn wrong_kernels_and_missing_files_are_named() {
     assert!(boot(Path::new("/no/kernel"), &|_| {}).contains("cannot read the kernel /no/kernel"));
     assert!(boot(Path::new("/bin/sh"), &|_| {}).contains("/bin/sh"));
     assert!(boot(Path::new("/etc/passwd"), &|_| {}).contains("is not an uncompressed kernel"));
-    assert!(boot(&kernel, &|config| config.initramfs = Some("/no/initramfs".into())).contains("/no/initramfs"));
-    assert!(boot(&kernel, &|config| config.disks[0].path = "/no/disk".into()).contains("cannot open the disk /no/disk"));
+    assert!(
+        boot(&kernel, &|config| config.initramfs = Some("/no/initramfs".into())).contains("/no/initramfs")
+    );
+    assert!(
+        boot(&kernel, &|config| config.disks[0].path = "/no/disk".into())
+            .contains("cannot open the disk /no/disk")
+    );
     assert!(boot(&kernel, &|config| config.memory_mib = 0).contains("32 to"));
 
     let truncated = tempfile::NamedTempFile::new().unwrap();

@@ -42,7 +42,9 @@ fn picovm(arguments: &[&str]) -> Command {
 /// `picovm run debian sh -c SCRIPT` on the shared store.
 fn shell(script: &str) -> Output {
     template();
-    picovm(&["run", "debian", "sh", "-c", script]).output().expect("picovm starts")
+    picovm(&["run", "debian", "sh", "-c", script])
+        .output()
+        .expect("picovm starts")
 }
 
 fn stdout(output: &Output) -> String {

@@ -8,9 +8,17 @@ use crate::template;
 
 #[test]
 fn what_one_writes_the_next_does_not_see() {
-    let written = capture(template(), &script("echo secret > /etc/mark; MARK=x; cat /etc/mark; touch /dev/shm/mark")).unwrap();
+    let written = capture(
+        template(),
+        &script("echo secret > /etc/mark; MARK=x; cat /etc/mark; touch /dev/shm/mark"),
+    )
+    .unwrap();
     assert_eq!(written.text(), "secret");
-    let seen = capture(template(), &script("cat /etc/mark; ls /dev/shm; echo \"[$MARK]\"")).unwrap();
+    let seen = capture(
+        template(),
+        &script("cat /etc/mark; ls /dev/shm; echo \"[$MARK]\""),
+    )
+    .unwrap();
     assert_eq!(seen.text(), "[]");
 }
 
@@ -30,13 +38,21 @@ fn random_bytes_identifiers_and_host_names_differ() {
 #[test]
 fn address_space_layouts_differ() {
     let stacks: HashSet<String> = (0..10)
-        .map(|_| capture(template(), &script("grep stack /proc/self/maps | cut -d- -f1")).unwrap().text())
+        .map(|_| {
+            capture(template(), &script("grep stack /proc/self/maps | cut -d- -f1"))
+                .unwrap()
+                .text()
+        })
         .collect();
     assert!(stacks.len() >= 9, "{stacks:?}");
 }
 
 #[test]
 fn the_template_stays_as_it_was_frozen() {
-    capture(template(), &script("head -c 20000000 /dev/urandom > /root/x; sync")).unwrap();
+    capture(
+        template(),
+        &script("head -c 20000000 /dev/urandom > /root/x; sync"),
+    )
+    .unwrap();
     template().verify_memory().unwrap();
 }

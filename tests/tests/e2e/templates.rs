@@ -17,7 +17,11 @@ fn copy() -> (tempfile::TempDir, PathBuf) {
     let path = directory.path().join("template");
     fs::create_dir(&path).unwrap();
     for name in ["template.json", "state", "memory"] {
-        let status = Command::new("cp").arg("--sparse=always").arg(template().path().join(name)).arg(&path).status();
+        let status = Command::new("cp")
+            .arg("--sparse=always")
+            .arg(template().path().join(name))
+            .arg(&path)
+            .status();
         assert!(status.unwrap().success());
     }
     (directory, path)
@@ -42,7 +46,12 @@ fn a_copy_opens_and_runs() {
     let (_directory, path) = copy();
     let template = Template::open(&path).unwrap();
     assert_eq!(template.id(), crate::template().id());
-    assert_eq!(capture(&template, &ContainerOptions::command(["echo", "copy"])).unwrap().text(), "copy");
+    assert_eq!(
+        capture(&template, &ContainerOptions::command(["echo", "copy"]))
+            .unwrap()
+            .text(),
+        "copy"
+    );
 }
 
 #[test]
@@ -55,7 +64,10 @@ fn a_flipped_byte_in_any_file_is_noticed() {
             let offset = length * part / 7;
             flip(&file, offset);
             let error = refused(&path);
-            assert!(error.contains("is damaged") && error.contains(name), "{name} at {offset}: {error}");
+            assert!(
+                error.contains("is damaged") && error.contains(name),
+                "{name} at {offset}: {error}"
+            );
             flip(&file, offset);
         }
         Template::open(&path).unwrap();
@@ -77,7 +89,12 @@ fn a_truncated_or_missing_file_is_noticed() {
         let file = path.join(name);
         let length = fs::metadata(&file).unwrap().len();
         for length in [length - 1, length / 2, 0] {
-            fs::File::options().write(true).open(&file).unwrap().set_len(length).unwrap();
+            fs::File::options()
+                .write(true)
+                .open(&file)
+                .unwrap()
+                .set_len(length)
+                .unwrap();
             let error = refused(&path);
             assert!(error.contains(name), "{name} of {length} bytes: {error}");
         }
@@ -88,7 +105,10 @@ fn a_truncated_or_missing_file_is_noticed() {
 
 #[test]
 fn files_of_two_templates_do_not_mix() {
-    let spec = TemplateSpec { memory_mib: 64, ..TemplateSpec::new(crate::store().image().unwrap()) };
+    let spec = TemplateSpec {
+        memory_mib: 64,
+        ..TemplateSpec::new(crate::store().image().unwrap())
+    };
     let other = crate::store().store.template(&spec, &mut |_| {}).unwrap();
     for name in ["template.json", "state", "memory"] {
         let (_directory, path) = copy();
@@ -101,14 +121,21 @@ fn files_of_two_templates_do_not_mix() {
 fn rewrite(path: &Path, change: impl Fn(&mut picovm_vmm::template::Metadata)) {
     let (mut metadata, _) = Template::read_metadata(path).unwrap();
     change(&mut metadata);
-    fs::write(path.join("template.json"), picovm_vmm::template::encode_metadata(&metadata).unwrap()).unwrap();
+    fs::write(
+        path.join("template.json"),
+        picovm_vmm::template::encode_metadata(&metadata).unwrap(),
+    )
+    .unwrap();
 }
 
 #[test]
 fn a_newer_format_and_another_processor_are_told_as_what_they_are() {
     let (_directory, path) = copy();
     rewrite(&path, |metadata| metadata.format += 1);
-    assert!(matches!(Template::open(&path), Err(TemplateError::Version { .. })));
+    assert!(matches!(
+        Template::open(&path),
+        Err(TemplateError::Version { .. })
+    ));
 
     let (_directory, path) = copy();
     rewrite(&path, |metadata| {
@@ -117,7 +144,10 @@ fn a_newer_format_and_another_processor_are_told_as_what_they_are() {
     });
     let error = Template::open(&path).err().unwrap();
     assert!(matches!(error, TemplateError::Foreign { .. }));
-    assert!(error.to_string().contains("GenuineIntel family 6 model 143"), "{error}");
+    assert!(
+        error.to_string().contains("GenuineIntel family 6 model 143"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -159,21 +189,42 @@ fn a_picovm_that_is_killed_while_it_freezes_leaves_a_store_that_works() {
         let _ = child.kill();
         child.wait().unwrap();
     }
-    let output = own.picovm().args(["run", "-m", "80m", "debian", "echo", "works"]).output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "works\n", "{}", String::from_utf8_lossy(&output.stderr));
+    let output = own
+        .picovm()
+        .args(["run", "-m", "80m", "debian", "echo", "works"])
+        .output()
+        .unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "works\n",
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let list = own.picovm().args(["template", "ls"]).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&list.stdout).lines().count(), 2);
     // What the killed ones left half-written goes with the next template that is built.
     let left = fs::read_dir(own.path().join("templates"))
         .unwrap()
-        .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with(".freezing-"))
+        .filter(|entry| {
+            entry
+                .as_ref()
+                .unwrap()
+                .file_name()
+                .to_string_lossy()
+                .starts_with(".freezing-")
+        })
         .count();
     assert_eq!(left, 0);
 }
 
 #[test]
 fn an_identity_larger_than_its_area_is_refused() {
-    let options = picovm_vmm::ForkOptions { identity: vec![1; 1 << 20], ..Default::default() };
+    let options = picovm_vmm::ForkOptions {
+        identity: vec![1; 1 << 20],
+        ..Default::default()
+    };
     let error = template().fork(options).err().unwrap();
-    assert!(matches!(error, TemplateError::Identity { needed, available } if needed == 1 << 20 && available == 1 << 16));
+    assert!(
+        matches!(error, TemplateError::Identity { needed, available } if needed == 1 << 20 && available == 1 << 16)
+    );
 }

@@ -137,7 +137,19 @@ fn load_kernel(memory: &GuestMemoryMmap, path: &Path) -> Result<(GuestAddress, u
                 reason: format!("{error} (is the file whole, and is the guest's memory large enough?)"),
             }
         })?;
-    Ok((loaded.kernel_load, loaded.kernel_end))
+    // The loader checks what it copies; the zeroed part behind that is the kernel's to touch.
+    let room = low_ram_end(memory);
+    if loaded.kernel_end > room {
+        return Err(BootError::Load {
+            path: path.to_owned(),
+            reason: format!(
+                "it takes {} MiB and the guest has {}: give the machine more memory",
+                loaded.kernel_end.div_ceil(1 << 20),
+                room >> 20
+            ),
+        });
+    }
+    Ok((loaded.kernel_load, loaded.kernel_end.max(layout::HIGH_MEMORY)))
 }
 
 /// Puts the initramfs at the end of low RAM, page-aligned, and returns its address and size.
@@ -339,6 +351,25 @@ mod tests {
         assert!(load(b"MZ\x90\x00").contains("bzImage"));
         assert!(load(b"#!/bin/sh").contains("is not an uncompressed kernel"));
         assert!(load(b"\x7fELF").contains("cannot load the kernel"));
+    }
+
+    #[test]
+    fn a_kernel_that_needs_more_memory_is_refused() {
+        // An ELF header and one segment of a byte in the file and 1 GiB in memory.
+        let mut elf = vec![0u8; 64 + 56 + 1];
+        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        elf[24..32].copy_from_slice(&layout::HIGH_MEMORY.to_le_bytes()); // e_entry
+        elf[32..40].copy_from_slice(&64u64.to_le_bytes()); // e_phoff
+        elf[54..58].copy_from_slice(&[56, 0, 1, 0]); // e_phentsize, e_phnum
+        elf[64] = 1; // PT_LOAD
+        elf[72..80].copy_from_slice(&120u64.to_le_bytes()); // p_offset
+        elf[88..96].copy_from_slice(&layout::HIGH_MEMORY.to_le_bytes()); // p_paddr
+        elf[96..104].copy_from_slice(&1u64.to_le_bytes()); // p_filesz
+        elf[104..112].copy_from_slice(&(1u64 << 20).to_le_bytes()); // p_memsz
+        assert!(load(&memory(), file(&elf).path(), None, "", 1).is_ok());
+        elf[104..112].copy_from_slice(&(1u64 << 30).to_le_bytes());
+        let error = load(&memory(), file(&elf).path(), None, "", 1).unwrap_err().to_string();
+        assert!(error.contains("takes 1025 MiB and the guest has 32"), "{error}");
     }
 
     #[test]

@@ -15,6 +15,11 @@ const KVM_FEATURES_KEPT: u32 = 1 << 0  // clock source
     | 1 << 12  // poll control
     | 1 << 24; // clock source is stable
 
+/// Virtualization in the guest: leaf 1, ECX, and leaf 0x8000_0001, ECX. Its state is not saved, so it is not offered;
+/// and a hostile guest reaches less of the host's kernel.
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
+
 /// Adapts what KVM supports to one vCPU of `vcpus`.
 pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> Result<CpuId, vmm_sys_util::fam::Error> {
     let apic_id = u32::from(index);
@@ -27,6 +32,7 @@ pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> Result<CpuId, vmm_sy
                 // TSC deadline timer (KVM's local APIC has it; KVM_GET_SUPPORTED_CPUID leaves it out where the
                 // irqchip does not exist yet) and the hypervisor bit.
                 entry.ecx |= 1 << 24 | 1 << 31;
+                entry.ecx &= !VMX;
                 // More than one logical processor in the package.
                 entry.edx = if vcpus > 1 {
                     entry.edx | 1 << 28
@@ -48,6 +54,7 @@ pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> Result<CpuId, vmm_sy
                 };
             }
             KVM_FEATURES => entry.eax &= KVM_FEATURES_KEPT,
+            0x8000_0001 => entry.ecx &= !SVM,
             0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | u32::from(vcpus - 1),
             0x8000_001e => {
                 entry.eax = apic_id;
@@ -129,5 +136,24 @@ impl std::fmt::Display for Processor {
             self.vendor,
             self.signature & 0xf
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_vcpu_has_its_own_id_and_none_can_virtualize() {
+        let entry = |function| kvm_cpuid_entry2 { function, ecx: u32::MAX, ..Default::default() };
+        let supported = CpuId::from_entries(&[entry(1), entry(0x8000_0001), entry(0xb)]).unwrap();
+        for index in 0..4 {
+            let cpuid = for_vcpu(&supported, index, 4).unwrap();
+            let [leaf_1, extended, topology] = cpuid.as_slice() else { panic!("three leaves") };
+            assert_eq!(leaf_1.ebx >> 24, u32::from(index));
+            assert_eq!(topology.edx, u32::from(index));
+            assert_eq!(leaf_1.ecx & VMX, 0);
+            assert_eq!(extended.ecx & SVM, 0);
+        }
     }
 }

@@ -6,7 +6,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use vm_superio::serial::NoEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{I8042Device, Serial, Trigger};
 
 use super::bus::InterruptLine;
@@ -94,6 +95,20 @@ impl Trigger for ResetLine {
     }
 }
 
+/// What is saved of the ports: the serial port's registers, which the guest's driver takes to be as it left them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortsState {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
 /// The ports.
 pub struct Ports {
     serial: Serial<LineTrigger, NoEvents, ConsoleLog>,
@@ -110,29 +125,67 @@ impl Ports {
         }
     }
 
+    /// Ports as they were saved; `None` if the state makes no sense.
+    #[must_use]
+    pub fn from_state(state: &PortsState, line: Arc<dyn InterruptLine>, log: ConsoleLog) -> Option<Self> {
+        let [baud_divisor_low, baud_divisor_high] = state.divisor;
+        let saved = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer.clone(),
+        };
+        let serial = Serial::from_state(&saved, LineTrigger(line), NoEvents, log).ok()?;
+        Some(Self { serial, keyboard: I8042Device::new(ResetLine::default()) })
+    }
+
+    /// What a clone needs of them.
+    #[must_use]
+    pub fn state(&self) -> PortsState {
+        let saved = self.serial.state();
+        PortsState {
+            divisor: [saved.baud_divisor_low, saved.baud_divisor_high],
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.in_buffer,
+        }
+    }
+
     /// The last console output.
     #[must_use]
     pub fn console_tail(&self) -> String {
         self.serial.writer().tail()
     }
 
-    /// A read by the guest. Where nothing is, all bits are set, as on an empty bus.
+    /// A read by the guest. Where nothing is, all bits are set, as on an empty bus. Every port here is a byte wide: what
+    /// is longer is a string instruction, which KVM hands over as one access, and each of its bytes is one from the
+    /// port.
     pub fn read(&mut self, port: u16, data: &mut [u8]) {
-        data.fill(0xff);
-        if let [value] = data {
-            match port {
-                SERIAL_PORT..SERIAL_END => *value = self.serial.read((port - SERIAL_PORT) as u8),
-                I8042_DATA | I8042_COMMAND => *value = self.keyboard.read((port - I8042_DATA) as u8),
+        for value in data {
+            *value = match port {
+                SERIAL_PORT..SERIAL_END => self.serial.read((port - SERIAL_PORT) as u8),
+                I8042_DATA | I8042_COMMAND => self.keyboard.read((port - I8042_DATA) as u8),
                 // Register A bit 7 clear: no update in progress. The kernel polls for that 20,000 times otherwise.
-                _ if CMOS.contains(&port) => *value = 0,
-                _ => {}
-            }
+                _ if CMOS.contains(&port) => 0,
+                _ => 0xff,
+            };
         }
     }
 
-    /// A write by the guest; `true` if it pulled the reset line.
+    /// A write by the guest, as for reading; `true` if it pulled the reset line.
     pub fn write(&mut self, port: u16, data: &[u8]) -> bool {
-        if let [value] = data {
+        for value in data {
             match port {
                 SERIAL_PORT..SERIAL_END => {
                     // Fails only where the log or the line does, and neither stops the machine.
@@ -145,5 +198,60 @@ impl Ports {
             }
         }
         self.keyboard.reset_evt().0.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct NoLine;
+
+    impl InterruptLine for NoLine {
+        fn pulse(&self) {}
+    }
+
+    fn ports() -> Ports {
+        Ports::new(Arc::new(NoLine), ConsoleLog::default())
+    }
+
+    #[test]
+    fn every_byte_of_a_string_instruction_counts() {
+        let mut ports = ports();
+        assert!(!ports.write(SERIAL_PORT, b"hello"));
+        assert_eq!(ports.console_tail(), "hello");
+        let mut status = [0; 3];
+        ports.read(SERIAL_PORT + 5, &mut status);
+        assert_eq!(status, [0x60; 3]);
+        let mut nothing = [0; 2];
+        ports.read(0x80, &mut nothing);
+        assert_eq!(nothing, [0xff; 2]);
+        assert!(ports.write(I8042_COMMAND, &[0, 0xfe]));
+    }
+
+    #[test]
+    fn the_registers_of_the_serial_port_survive() {
+        let mut parent = ports();
+        parent.write(SERIAL_PORT + 1, &[2]);
+        parent.write(SERIAL_PORT + 7, &[0xa5]);
+        let state = parent.state();
+        let mut clone = Ports::from_state(&state, Arc::new(NoLine), ConsoleLog::default()).unwrap();
+        assert_eq!(clone.state(), state);
+        let mut value = [0; 1];
+        clone.read(SERIAL_PORT + 7, &mut value);
+        assert_eq!(value, [0xa5]);
+        let overfull = PortsState { in_buffer: vec![0; 1000], ..state };
+        assert!(Ports::from_state(&overfull, Arc::new(NoLine), ConsoleLog::default()).is_none());
+    }
+
+    #[test]
+    fn a_log_keeps_its_end_and_does_not_grow_for_ever() {
+        let mut log = ConsoleLog::default();
+        for _ in 0..3 {
+            log.write_all(&[b'x'; TAIL]).unwrap();
+        }
+        log.write_all(b"end").unwrap();
+        assert_eq!(log.tail().len(), TAIL);
+        assert!(log.tail().ends_with("xend"));
     }
 }

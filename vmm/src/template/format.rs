@@ -12,7 +12,7 @@ use crate::arch::cpuid::Processor;
 use crate::machine::MachineError;
 
 /// Version of the format. It grows with every change of the files, the device slots or the saved state.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Metadata.
 pub const METADATA: &str = "template.json";
@@ -87,6 +87,19 @@ pub enum TemplateError {
         path.display()
     )]
     Version {
+        /// The template's directory.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// Its guest speaks another version of the guest protocol.
+    #[error(
+        "the init of the template {} speaks version {found} of the guest protocol, and this picovm version {}: \
+         build it again",
+        path.display(),
+        picovm_guest_protocol::PROTOCOL_VERSION
+    )]
+    Protocol {
         /// The template's directory.
         path: PathBuf,
         /// Its version.
@@ -170,9 +183,7 @@ pub fn encode(metadata: &Metadata) -> io::Result<Vec<u8>> {
         checksum: checksum::of(text.as_bytes()),
         metadata: RawValue::from_string(text)?,
     };
-    let mut bytes = serde_json::to_vec(&envelope)?;
-    bytes.push(b'\n');
-    Ok(bytes)
+    Ok(serde_json::to_vec(&envelope)?)
 }
 
 /// Decodes metadata; returns it with its checksum, which is the template's id.
@@ -246,7 +257,7 @@ mod tests {
         #[test]
         fn a_flipped_byte_is_an_error(at in any::<prop::sample::Index>(), flip in 1u8..) {
             let mut bytes = encode(&sample()).unwrap();
-            let at = at.index(bytes.len() - 1);
+            let at = at.index(bytes.len());
             bytes[at] ^= flip;
             // White space between tokens of the envelope means nothing; everything else is noticed.
             if let Ok((metadata, _)) = decode(&bytes, Path::new("t")) {
@@ -257,7 +268,7 @@ mod tests {
         #[test]
         fn a_truncated_file_is_an_error(length in any::<prop::sample::Index>()) {
             let bytes = encode(&sample()).unwrap();
-            let length = length.index(bytes.len() - 1);
+            let length = length.index(bytes.len());
             prop_assert!(decode(&bytes[..length], Path::new("t")).is_err());
         }
     }

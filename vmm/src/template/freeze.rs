@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,7 +18,10 @@ use crate::machine::{Machine, MachineError};
 /// name. A freeze that is killed leaves it.
 #[must_use]
 pub fn partial_prefix(directory: &Path) -> String {
-    format!(".freezing-{}-", directory.file_name().unwrap_or_default().to_string_lossy())
+    format!(
+        ".freezing-{}-",
+        directory.file_name().unwrap_or_default().to_string_lossy()
+    )
 }
 
 /// What is written beside the machine itself.
@@ -80,10 +83,12 @@ impl Machine {
         let bytes = format::encode(&metadata).map_err(TemplateError::io("encode", &metadata_path))?;
         write(&metadata_path, &bytes)?;
         // What was just written is known to be right: spare the first opening the comparison.
-        open::record_verified(partial.path());
+        open::record_written(partial.path(), &metadata.memory.checksum);
 
+        // Opened before it has its name: what cannot be opened is not left there.
+        let template = Template::open(partial.path())?;
         publish(partial, directory, parent)?;
-        Template::open(directory)
+        Ok(template.renamed(directory))
     }
 
     /// Writes guest memory, zeros as holes, and returns its record and the bytes that are not holes.
@@ -153,10 +158,12 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), TemplateError> {
 
 /// Gives a whole directory its name, durably.
 fn publish(partial: tempfile::TempDir, directory: &Path, parent: &Path) -> Result<(), TemplateError> {
-    // Readable as the parent directory is, not for its maker alone as temporary directories are.
-    let mode = fs::metadata(parent)
+    // Readable as the parent directory is, not for its maker alone as temporary directories are. Writable for its maker
+    // alone, wherever it lies: a template is immutable.
+    let mut mode = fs::metadata(parent)
         .map_err(TemplateError::io("read", parent))?
         .permissions();
+    mode.set_mode(mode.mode() & 0o755);
     fs::set_permissions(partial.path(), mode).map_err(TemplateError::io("change", partial.path()))?;
     sync_directory(partial.path())?;
     fs::rename(partial.path(), directory).map_err(|source| match source.kind() {
@@ -178,4 +185,33 @@ fn sync_directory(path: &Path) -> Result<(), TemplateError> {
     File::open(path)
         .and_then(|directory| directory.sync_all())
         .map_err(TemplateError::io("sync", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_but_its_maker_can_write_to_a_template() {
+        let parent = tempfile::tempdir().unwrap();
+        fs::set_permissions(parent.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        let partial = tempfile::tempdir_in(parent.path()).unwrap();
+        let directory = parent.path().join("template");
+        publish(partial, &directory, parent.path()).unwrap();
+        assert_eq!(fs::metadata(&directory).unwrap().permissions().mode() & 0o7777, 0o755);
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_template_that_came_first_is_kept_and_nothing_is_left() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("template");
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join(METADATA), "first").unwrap();
+        let partial = tempfile::tempdir_in(parent.path()).unwrap();
+        let error = publish(partial, &directory, parent.path()).unwrap_err();
+        assert!(matches!(error, TemplateError::Exists { .. }));
+        assert_eq!(fs::read(directory.join(METADATA)).unwrap(), b"first");
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+    }
 }

@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::checksum;
 use super::format::{self, MEMORY, METADATA, Metadata, SMALL_FILE_MAX, STATE, TemplateError, VERIFIED};
 use crate::arch::cpuid::Processor;
+use crate::arch::layout;
 use crate::machine::{Backends, Machine, MachineError, MachineState};
 use crate::{memory, vm};
 
@@ -66,14 +67,25 @@ impl Template {
         let (metadata, id) = Self::read_metadata(directory)?;
         let damaged = |reason: String| TemplateError::damaged(directory, reason);
 
+        if metadata.protocol != picovm_guest_protocol::PROTOCOL_VERSION {
+            return Err(TemplateError::Protocol { path: directory.to_owned(), found: metadata.protocol });
+        }
+
         let bytes = read_small(&directory.join(STATE))?;
         if bytes.len() as u64 != metadata.state.bytes || checksum::of(&bytes) != metadata.state.checksum {
             return Err(damaged(format!("{STATE} does not match its checksum")));
         }
         let state: MachineState = postcard::from_bytes(&bytes)
             .map_err(|error| damaged(format!("{STATE} cannot be read ({error})")))?;
-        if state.memory_mib != metadata.memory_mib || metadata.memory.bytes != metadata.memory_mib << 20 {
+        let memory_bytes = metadata.memory_mib.checked_mul(1 << 20);
+        if state.memory_mib != metadata.memory_mib || memory_bytes != Some(metadata.memory.bytes) {
             return Err(damaged("its files disagree on the size of the memory".into()));
+        }
+        if !(layout::MEMORY_MIN_MIB..=layout::MEMORY_MAX_MIB).contains(&metadata.memory_mib) {
+            return Err(damaged(format!("a machine of {} MiB cannot be made", metadata.memory_mib)));
+        }
+        if state.vcpus.len() != usize::from(metadata.vcpus) {
+            return Err(damaged("its files disagree on the number of vCPUs".into()));
         }
 
         let path = directory.join(MEMORY);
@@ -85,13 +97,17 @@ impl Template {
                 metadata.memory.bytes
             )));
         }
-        if !is_verified(directory, &file) {
+        let verified = Verified::of(&file, &metadata.memory.checksum);
+        if verified.is_none() || recorded(directory) != verified {
             let sum = checksum::of_memory(&file, metadata.memory.bytes)
                 .map_err(TemplateError::io("read", &path))?;
             if sum != metadata.memory.checksum {
                 return Err(damaged(format!("{MEMORY} does not match its checksum")));
             }
-            record_verified(directory);
+            // The file that was read, and as it was before: what was written to it meanwhile is not vouched for.
+            if verified == Verified::of(&file, &metadata.memory.checksum) {
+                record(directory, verified.as_ref());
+            }
         }
 
         let kvm = vm::open_kvm().map_err(MachineError::from)?;
@@ -111,6 +127,11 @@ impl Template {
             memory: Arc::new(file),
             kvm: Arc::new(kvm),
         })
+    }
+
+    /// The same template, whose directory was renamed.
+    pub(super) fn renamed(self, directory: &Path) -> Self {
+        Self { path: directory.to_owned(), ..self }
     }
 
     /// Its directory.
@@ -201,10 +222,11 @@ fn read_small(path: &Path) -> Result<Vec<u8>, TemplateError> {
     Ok(bytes)
 }
 
-/// Which file was verified, and in which boot of the host: any change of the file changes its `ctime`, and a restart
-/// of the host ends what its page cache vouches for.
+/// Which file was verified, against what, and in which boot of the host: any change of the file changes its `ctime`,
+/// and a restart of the host ends what its page cache vouches for.
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
 struct Verified {
+    checksum: String,
     boot: String,
     device: u64,
     inode: u64,
@@ -214,10 +236,11 @@ struct Verified {
 }
 
 impl Verified {
-    fn of(file: &File) -> Option<Self> {
+    fn of(file: &File, checksum: &str) -> Option<Self> {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let metadata = file.metadata().ok()?;
         Some(Self {
+            checksum: checksum.to_owned(),
             boot: boot.trim().to_owned(),
             device: metadata.dev(),
             inode: metadata.ino(),
@@ -228,20 +251,20 @@ impl Verified {
     }
 }
 
-fn is_verified(directory: &Path, memory: &File) -> bool {
-    let recorded = read_small(&directory.join(VERIFIED)).ok();
-    let recorded = recorded.and_then(|bytes| serde_json::from_slice::<Verified>(&bytes).ok());
-    recorded.is_some() && recorded == Verified::of(memory)
+fn recorded(directory: &Path) -> Option<Verified> {
+    serde_json::from_slice(&read_small(&directory.join(VERIFIED)).ok()?).ok()
 }
 
-/// Records that the memory is what its checksum says. Where that cannot be written, the next opening compares again.
-pub(super) fn record_verified(directory: &Path) {
-    let record = File::open(directory.join(MEMORY))
-        .ok()
-        .as_ref()
-        .and_then(Verified::of);
-    if let Some(record) = record
-        && let Ok(bytes) = serde_json::to_vec(&record)
+/// Records that the memory, just written by this process, is what its checksum says.
+pub(super) fn record_written(directory: &Path, checksum: &str) {
+    let file = File::open(directory.join(MEMORY)).ok();
+    record(directory, file.and_then(|file| Verified::of(&file, checksum)).as_ref());
+}
+
+/// Where the record cannot be written, the next opening compares again.
+fn record(directory: &Path, verified: Option<&Verified>) {
+    if let Some(verified) = verified
+        && let Ok(bytes) = serde_json::to_vec(verified)
         && let Ok(mut file) = tempfile::NamedTempFile::new_in(directory)
         && std::io::Write::write_all(&mut file, &bytes).is_ok()
     {

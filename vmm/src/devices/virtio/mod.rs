@@ -7,6 +7,9 @@ pub mod queue;
 pub mod slot;
 pub mod transport;
 
+#[cfg(test)]
+mod tests;
+
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
@@ -24,6 +27,16 @@ pub enum DeviceError {
     Backend(&'static str, std::io::Error),
 }
 
+/// What a device did with a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Something was used, and the guest wants to be interrupted for it.
+    pub interrupt: bool,
+    /// The device did its share ([`queue::BATCH`]) and there may be more: it is to be called again, after whoever waits
+    /// for it had a chance.
+    pub more: bool,
+}
+
 /// What the transport needs of a device.
 pub trait Device: Send {
     /// Device type (5, "Device Types").
@@ -37,7 +50,7 @@ pub trait Device: Send {
     /// The guest has accepted the features and is ready.
     fn activate(&mut self, features: u64);
     /// The guest has put something into a queue, or there may be something in it since the device was last
-    /// looked at. Returns whether something was used, so that the guest is to be interrupted.
+    /// looked at. Returns after bounded work, whatever the guest does meanwhile.
     ///
     /// # Errors
     /// The device then needs a reset.
@@ -46,7 +59,7 @@ pub trait Device: Send {
         queue: usize,
         queues: &mut [Queue],
         memory: &GuestMemoryMmap,
-    ) -> Result<bool, DeviceError>;
+    ) -> Result<Progress, DeviceError>;
     /// Back to the state after creation; the backend stays.
     fn reset(&mut self);
 }

@@ -5,6 +5,10 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::DeviceError;
 
+/// Chains that a device takes from a queue at most before it lets go of its lock: another vCPU may add new ones for
+/// as long as it likes.
+pub const BATCH: usize = 256;
+
 /// One buffer of a chain. The range may still lie outside guest memory: accesses check that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
@@ -26,6 +30,16 @@ pub struct Chain {
 }
 
 impl Chain {
+    /// Bytes of all buffers.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.readable
+            .iter()
+            .chain(&self.writable)
+            .map(|buffer| u64::from(buffer.length))
+            .sum()
+    }
+
     /// Bytes that the device may write, as many as the used ring can tell.
     #[must_use]
     pub fn writable_bytes(&self) -> u32 {
@@ -34,11 +48,12 @@ impl Chain {
             .fold(0u32, |sum, buffer| sum.saturating_add(buffer.length))
     }
 
-    fn from(chain: DescriptorChain<&GuestMemoryMmap>) -> Self {
+    fn from(chain: DescriptorChain<&GuestMemoryMmap>, size: u16) -> Self {
         let head = chain.head_index();
         let (mut readable, mut writable) = (Vec::new(), Vec::new());
-        // The iterator ends a chain that loops after as many descriptors as the queue has.
-        for descriptor in chain {
+        // No chain is longer than its queue (2.7.5.2). The iterator ends one that loops there, but it also follows an
+        // indirect table, which was never offered and could hold 65,535 descriptors.
+        for descriptor in chain.take(usize::from(size)) {
             let buffer = Buffer {
                 address: descriptor.addr(),
                 length: descriptor.len(),
@@ -73,15 +88,19 @@ pub fn pop(
         return Ok(None);
     }
     let error = |error| DeviceError::Queue(index, error);
-    loop {
+    let size = queue.size();
+    // Empty: ask to be notified of the next chain, and look again for one that came before the asking (2.7.10).
+    for _ in 0..2 {
         if let Some(chain) = queue.iter(memory).map_err(error)?.next() {
-            return Ok(Some(Chain::from(chain)));
+            return Ok(Some(Chain::from(chain, size)));
         }
-        // Empty: ask to be notified of the next chain, and look again for one that came before the asking (2.7.10).
         if !queue.enable_notification(memory).map_err(error)? {
             return Ok(None);
         }
     }
+    // There is one, and then there is none: the guest moves the index back and forth, or the ring's entries cannot be
+    // read.
+    Err(error(virtio_queue::Error::InvalidAvailRingIndex))
 }
 
 /// Puts the chain that was popped last back, to be popped again.

@@ -178,7 +178,10 @@ impl Slot {
 
     /// A write by the guest.
     pub fn write(&self, offset: u64, data: &[u8]) {
-        on_transport!(self, transport => transport.write(offset, data));
+        let more = on_transport!(self, transport => transport.write(offset, data));
+        if let Some(queue) = more {
+            self.process(queue);
+        }
     }
 
     /// See [`Transport::pause`].
@@ -191,9 +194,12 @@ impl Slot {
         on_transport!(self, transport => transport.resume());
     }
 
-    /// See [`Transport::process`].
+    /// Works on a queue until it is done or the device is paused; see [`Transport::process`].
     pub fn process(&self, queue: usize) {
-        on_transport!(self, transport => transport.process(queue));
+        while on_transport!(self, transport => transport.process(queue)) {
+            // The lock is free for this moment: it goes to who waits for it rather than at once to this thread again.
+            std::thread::yield_now();
+        }
     }
 
     /// Whether bytes from the guest wait for the slot's backend.

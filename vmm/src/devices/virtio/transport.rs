@@ -48,6 +48,10 @@ mod register {
     pub const QUEUE_DRIVER_HIGH: u64 = 0x094;
     pub const QUEUE_DEVICE_LOW: u64 = 0x0a0;
     pub const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub const SHM_LEN_LOW: u64 = 0x0b0;
+    pub const SHM_LEN_HIGH: u64 = 0x0b4;
+    pub const SHM_BASE_LOW: u64 = 0x0b8;
+    pub const SHM_BASE_HIGH: u64 = 0x0bc;
     pub const CONFIG_GENERATION: u64 = 0x0fc;
     pub const CONFIG: u64 = 0x100;
 }
@@ -174,7 +178,7 @@ impl<D: Device> Transport<D> {
         if queues.len() != sizes.len() {
             return Err(DeviceError::State("virtio"));
         }
-        Ok(Self {
+        let transport = Self {
             device,
             memory,
             interrupt,
@@ -187,7 +191,13 @@ impl<D: Device> Transport<D> {
             interrupt_status: state.interrupt_status,
             config_generation: state.config_generation,
             paused: true,
-        })
+        };
+        // As where a driver starts: every queue that is used lies in memory.
+        let usable = |queue: &Queue| !queue.ready() || queue.is_valid(&transport.memory);
+        if transport.is_live() && !transport.queues.iter().all(usable) {
+            return Err(DeviceError::State("virtio"));
+        }
+        Ok(transport)
     }
 
     /// What a clone needs to go on from here.
@@ -220,27 +230,34 @@ impl<D: Device> Transport<D> {
         self.paused = true;
     }
 
-    /// Goes on, and looks at every queue for work that waited.
+    /// Goes on, and looks at every queue for work that waited. No vCPU runs yet, so that it is no more than the queues
+    /// hold.
     pub fn resume(&mut self) {
         self.paused = false;
         for index in 0..self.queues.len() {
-            self.process(index);
+            while self.process(index) {}
         }
     }
 
-    /// Lets the device look at a queue, and interrupts the guest if it used something.
-    pub fn process(&mut self, index: usize) {
+    /// Lets the device look at a queue, and interrupts the guest if it used something. Returns whether there may be
+    /// more to do: call it again, with the lock released in between so that a pause or another vCPU has its turn.
+    pub fn process(&mut self, index: usize) -> bool {
         if self.paused || !self.is_live() || index >= self.queues.len() {
-            return;
+            return false;
         }
         let result = self.device.process(index, &mut self.queues, &self.memory);
         match result {
-            Ok(false) => {}
-            Ok(true) => self.interrupt(INTERRUPT_USED),
+            Ok(progress) => {
+                if progress.interrupt {
+                    self.interrupt(INTERRUPT_USED);
+                }
+                progress.more
+            }
             Err(error) => {
                 warn!(device = self.device.device_type(), %error, "device needs reset");
                 self.status |= STATUS_NEEDS_RESET;
                 self.interrupt(INTERRUPT_CONFIG);
+                false
             }
         }
     }
@@ -278,6 +295,11 @@ impl<D: Device> Transport<D> {
             register::INTERRUPT_STATUS => self.interrupt_status,
             register::STATUS => self.status,
             register::CONFIG_GENERATION => self.config_generation,
+            // No shared memory region: its length and base read as all ones (4.2.2).
+            register::SHM_LEN_LOW
+            | register::SHM_LEN_HIGH
+            | register::SHM_BASE_LOW
+            | register::SHM_BASE_HIGH => u32::MAX,
             _ => 0,
         }
     }
@@ -297,14 +319,16 @@ impl<D: Device> Transport<D> {
     }
 
     /// A write by the guest, of any width, at an offset into the window. Registers take 32-bit writes only (4.2.2.2);
-    /// no device here has a writable configuration.
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
-        let Ok(bytes) = <[u8; 4]>::try_from(data) else {
-            return;
-        };
-        let value = u32::from_le_bytes(bytes);
+    /// no device here has a writable configuration. Returns the queue that was notified if there may be more in it; see
+    /// [`Transport::process`].
+    #[must_use]
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Option<usize> {
+        let value = u32::from_le_bytes(<[u8; 4]>::try_from(data).ok()?);
         match offset {
-            register::QUEUE_NOTIFY => self.process(value as usize),
+            register::QUEUE_NOTIFY => {
+                let index = value as usize;
+                return self.process(index).then_some(index);
+            }
             register::INTERRUPT_ACK => self.interrupt_status &= !value,
             register::STATUS => self.set_status(value),
             register::QUEUE_SEL => self.queue_select = value,
@@ -321,6 +345,7 @@ impl<D: Device> Transport<D> {
             _ if self.status & STATUS_DRIVER_OK == 0 => self.set_up_queue(offset, value),
             _ => {}
         }
+        None
     }
 
     fn set_up_queue(&mut self, offset: u64, value: u32) {
@@ -356,6 +381,10 @@ impl<D: Device> Transport<D> {
             if features & !self.offered() != 0 || features & F_VERSION_1 == 0 {
                 new &= !STATUS_FEATURES_OK;
             }
+        }
+        // Nothing runs on features that were refused or never checked (3.1.1, 2.1.2).
+        if new & STATUS_FEATURES_OK == 0 {
+            new &= !STATUS_DRIVER_OK;
         }
         let starts = new & STATUS_DRIVER_OK != 0 && self.status & STATUS_DRIVER_OK == 0;
         self.status = new;

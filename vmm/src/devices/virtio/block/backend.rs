@@ -129,7 +129,7 @@ impl FileBackend {
 
     /// Whether the request lies within the disk.
     fn in_range(&self, sector: u64, bytes: u64) -> bool {
-        bytes % SECTOR == 0
+        bytes.is_multiple_of(SECTOR)
             && sector
                 .checked_add(bytes / SECTOR)
                 .is_some_and(|end| end <= self.sectors)

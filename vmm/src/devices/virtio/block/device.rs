@@ -12,12 +12,15 @@ use vm_memory::{Bytes, GuestMemoryMmap};
 use super::backend::FileBackend;
 use super::state::BlockState;
 use crate::devices::virtio::queue::{Buffer, Chain};
-use crate::devices::virtio::{Device, DeviceError, queue};
+use crate::devices::virtio::{Device, DeviceError, Progress, queue};
 
 const QUEUE_SIZE: u16 = 128;
 /// Buffers of data per request: the queue less header and status.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 const HEADER: usize = 16;
+/// After so many bytes the device lets go of its lock for a moment. A single request is never cut: it moves less than
+/// 4 GiB (2.7.5.2) and no more than the disk holds.
+const BYTES_AT_ONCE: u64 = 8 << 20;
 
 /// A block device.
 pub struct Block {
@@ -173,9 +176,19 @@ impl Device for Block {
         index: usize,
         queues: &mut [Queue],
         memory: &GuestMemoryMmap,
-    ) -> Result<bool, DeviceError> {
+    ) -> Result<Progress, DeviceError> {
         let mut used = false;
-        while let Some(mut chain) = queue::pop(queues, index, memory)? {
+        let mut more = true;
+        let mut moved = 0u64;
+        for _ in 0..queue::BATCH {
+            if moved >= BYTES_AT_ONCE {
+                break;
+            }
+            let Some(mut chain) = queue::pop(queues, index, memory)? else {
+                more = false;
+                break;
+            };
+            moved = moved.saturating_add(chain.bytes());
             let head = chain.head;
             let written = match take_status(&mut chain) {
                 // No room for a status: nothing can be told, and nothing is done.
@@ -191,7 +204,10 @@ impl Device for Block {
             queue::give_back(queues, index, memory, head, written)?;
             used = true;
         }
-        Ok(used && queue::wants_interrupt(queues, index, memory)?)
+        Ok(Progress {
+            interrupt: used && queue::wants_interrupt(queues, index, memory)?,
+            more,
+        })
     }
 
     fn reset(&mut self) {

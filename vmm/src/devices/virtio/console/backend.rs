@@ -1,12 +1,16 @@
 //! What a port lies on: one end of a Unix stream, whose other end the host program holds. Never blocks.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+
+use rustix::io::Errno;
+use rustix::net::SendFlags;
 
 /// The device's end.
 pub struct StreamBackend {
     stream: Option<UnixStream>,
+    write_ended: bool,
 }
 
 /// A connection: the end for the device, and the end for the host program.
@@ -16,7 +20,7 @@ pub struct StreamBackend {
 pub fn connection() -> io::Result<(StreamBackend, UnixStream)> {
     let (device, host) = UnixStream::pair()?;
     device.set_nonblocking(true)?;
-    Ok((StreamBackend { stream: Some(device) }, host))
+    Ok((StreamBackend { stream: Some(device), write_ended: false }, host))
 }
 
 impl StreamBackend {
@@ -52,20 +56,23 @@ impl StreamBackend {
         }
     }
 
+    /// Whether anybody may read what is written.
+    #[must_use]
+    pub fn takes_bytes(&self) -> bool {
+        self.stream.is_some() && !self.write_ended
+    }
+
     /// Writes as much as fits: `None` when nothing fits now. Once the host program has gone, everything fits.
     pub fn write(&mut self, bytes: &[u8]) -> Option<usize> {
-        let Some(stream) = self.stream.as_mut() else {
-            return Some(bytes.len());
-        };
-        loop {
-            match stream.write(bytes) {
-                Ok(count) => return Some(count),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
-                Err(_) => {
-                    // The reading side may still hold bytes: only writing ends here.
-                    return Some(bytes.len());
-                }
+        let Some(stream) = self.stream.as_ref().filter(|_| !self.write_ended) else { return Some(bytes.len()) };
+        // Not `write(2)`: a host program that lets SIGPIPE do what it does by default would end with its clone.
+        match rustix::io::retry_on_intr(|| rustix::net::send(stream, bytes, SendFlags::NOSIGNAL)) {
+            Ok(count) => Some(count),
+            Err(Errno::AGAIN) => None,
+            Err(_) => {
+                // The reading side may still hold bytes: only writing ends here.
+                self.write_ended = true;
+                Some(bytes.len())
             }
         }
     }

@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestMemoryMmap};
 use super::backend::StreamBackend;
 use super::state::ConsoleState;
 use crate::devices::virtio::queue::Chain;
-use crate::devices::virtio::{Device, DeviceError, queue};
+use crate::devices::virtio::{Device, DeviceError, Progress, queue};
 
 /// Port 0 to the guest.
 const RECEIVE: usize = 0;
@@ -34,12 +34,26 @@ const PORT_NAME: u16 = 7;
 const STEP: usize = 16 << 10;
 /// A guest that never gives receive buffers for control messages loses the oldest ones after so many.
 const CONTROL_MAX: usize = 64;
+/// After so many bytes to the backend the device lets go of its lock for a moment.
+const BYTES_AT_ONCE: u64 = 1 << 20;
+
+/// How far a chain was sent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sent {
+    /// To its end, or to where it makes no sense.
+    All,
+    /// Until the backend could take no more.
+    BackendFull,
+    /// Until the device had done its share.
+    BudgetSpent,
+}
 
 /// A console device with one port.
 pub struct Console {
     backend: StreamBackend,
     multiport: bool,
     guest_open: bool,
+    port_ready: bool,
     announced_open: bool,
     control: VecDeque<Vec<u8>>,
     to_guest: Vec<u8>,
@@ -55,6 +69,7 @@ impl Console {
             backend,
             multiport: false,
             guest_open: false,
+            port_ready: false,
             announced_open: false,
             control: VecDeque::new(),
             to_guest: Vec::new(),
@@ -69,6 +84,8 @@ impl Console {
         ConsoleState {
             multiport: self.multiport,
             guest_open: self.guest_open,
+            port_ready: self.port_ready,
+            announced_open: self.announced_open,
             control: self.control.iter().cloned().collect(),
             to_guest: self.to_guest.clone(),
             sent: self.sent,
@@ -78,15 +95,22 @@ impl Console {
     /// A clone's device: the connection that the guest had open now leads to `backend`.
     #[must_use]
     pub fn from_state(backend: StreamBackend, state: &ConsoleState) -> Self {
-        Self {
+        let mut console = Self {
             multiport: state.multiport,
             guest_open: state.guest_open,
-            announced_open: true,
+            port_ready: state.port_ready,
+            announced_open: state.announced_open,
             control: state.control.iter().take(CONTROL_MAX).cloned().collect(),
             to_guest: state.to_guest.clone(),
             sent: state.sent,
             ..Self::new(backend)
+        };
+        // The saved machine's host program had gone; this one's is there.
+        if console.port_ready && !console.announced_open {
+            console.announced_open = true;
+            console.announce(PORT_OPEN, 1, &[]);
         }
+        console
     }
 
     /// Where the backend's events come from.
@@ -135,19 +159,27 @@ impl Console {
         done
     }
 
-    fn receive(&mut self, queues: &mut [Queue], memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+    /// Gives bytes of the backend to the guest. The second of what it returns, here and below: there may be more.
+    fn receive(
+        &mut self,
+        queues: &mut [Queue],
+        memory: &GuestMemoryMmap,
+    ) -> Result<(bool, bool), DeviceError> {
         let mut used = false;
-        while self.guest_open {
+        for _ in 0..queue::BATCH {
+            if !self.guest_open {
+                return Ok((used, false));
+            }
             if self.to_guest.is_empty() {
                 let mut bytes = vec![0u8; STEP];
                 match self.backend.read(&mut bytes) {
-                    None => break,
+                    None => return Ok((used, false)),
                     Some(0) => {
                         if self.announced_open {
                             self.announced_open = false;
                             self.announce(PORT_OPEN, 0, &[]);
                         }
-                        break;
+                        return Ok((used, false));
                     }
                     Some(count) => {
                         bytes.truncate(count);
@@ -156,7 +188,7 @@ impl Console {
                 }
             }
             let Some(chain) = queue::pop(queues, RECEIVE, memory)? else {
-                break;
+                return Ok((used, false));
             };
             let done = Self::fill(&chain, &self.to_guest, memory);
             self.to_guest.drain(..done);
@@ -169,28 +201,37 @@ impl Console {
             )?;
             used = true;
         }
-        Ok(used)
+        Ok((used, true))
     }
 
-    fn transmit(&mut self, queues: &mut [Queue], memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+    fn transmit(
+        &mut self,
+        queues: &mut [Queue],
+        memory: &GuestMemoryMmap,
+    ) -> Result<(bool, bool), DeviceError> {
         let mut used = false;
+        let mut budget = BYTES_AT_ONCE;
         self.transmit_waits = false;
-        while let Some(chain) = queue::pop(queues, TRANSMIT, memory)? {
-            if !self.send(&chain, memory) {
-                // The backend is full: the chain stays, and the device thread comes back when it is not.
+        for _ in 0..queue::BATCH {
+            let Some(chain) = queue::pop(queues, TRANSMIT, memory)? else {
+                return Ok((used, false));
+            };
+            let sent = self.send(&chain, memory, &mut budget);
+            if sent != Sent::All {
+                // The chain stays. If the backend is full, the device thread comes back when it is not.
                 queue::unpop(queues, TRANSMIT);
-                self.transmit_waits = true;
-                break;
+                self.transmit_waits = sent == Sent::BackendFull;
+                return Ok((used, sent == Sent::BudgetSpent));
             }
             self.sent = 0;
             queue::give_back(queues, TRANSMIT, memory, chain.head, 0)?;
             used = true;
         }
-        Ok(used)
+        Ok((used, true))
     }
 
-    /// Sends what of the chain has not been sent; whether all of it has.
-    fn send(&mut self, chain: &Chain, memory: &GuestMemoryMmap) -> bool {
+    /// Sends what of the chain has not been sent, `budget` bytes at most.
+    fn send(&mut self, chain: &Chain, memory: &GuestMemoryMmap, budget: &mut u64) -> Sent {
         let mut skip = self.sent;
         let mut bytes = [0u8; STEP];
         for buffer in &chain.readable {
@@ -202,26 +243,31 @@ impl Console {
             let mut at = skip;
             skip = 0;
             while at < length {
+                if !self.backend.takes_bytes() {
+                    // Nobody is there to read them.
+                    return Sent::All;
+                }
+                if *budget == 0 {
+                    return Sent::BudgetSpent;
+                }
                 let step = usize::try_from(length - at).unwrap_or(STEP).min(STEP);
                 let part = bytes.get_mut(..step).unwrap_or_default();
                 let address = vm_memory::Address::checked_add(&buffer.address, at);
                 if address.is_none_or(|address| memory.read_slice(part, address).is_err()) {
                     // Outside memory: the rest of the chain is void.
-                    return true;
+                    return Sent::All;
                 }
                 match self.backend.write(part) {
-                    None => return false,
+                    None => return Sent::BackendFull,
                     Some(count) => {
                         at += count as u64;
                         self.sent = self.sent.saturating_add(count as u64);
-                        if count < step {
-                            continue;
-                        }
+                        *budget = budget.saturating_sub(count as u64);
                     }
                 }
             }
         }
-        true
+        Sent::All
     }
 
     fn deliver_control(
@@ -230,6 +276,7 @@ impl Console {
         memory: &GuestMemoryMmap,
     ) -> Result<bool, DeviceError> {
         let mut used = false;
+        // At most `CONTROL_MAX` messages.
         while !self.control.is_empty() {
             let Some(chain) = queue::pop(queues, CONTROL_TO_GUEST, memory)? else {
                 break;
@@ -250,9 +297,16 @@ impl Console {
         Ok(used)
     }
 
-    fn take_control(&mut self, queues: &mut [Queue], memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+    fn take_control(
+        &mut self,
+        queues: &mut [Queue],
+        memory: &GuestMemoryMmap,
+    ) -> Result<(bool, bool), DeviceError> {
         let mut used = false;
-        while let Some(chain) = queue::pop(queues, CONTROL_FROM_GUEST, memory)? {
+        for _ in 0..queue::BATCH {
+            let Some(chain) = queue::pop(queues, CONTROL_FROM_GUEST, memory)? else {
+                return Ok((used, false));
+            };
             let mut message = [0u8; 8];
             let whole = chain.readable.first().is_some_and(|buffer| {
                 buffer.length as usize >= message.len()
@@ -269,15 +323,16 @@ impl Console {
             match event {
                 DEVICE_READY if value == 1 => self.announce(PORT_ADD, 1, &[]),
                 PORT_READY if value == 1 => {
+                    self.port_ready = true;
                     self.announce(PORT_NAME, 1, CONTROL_PORT_NAME.as_bytes());
-                    self.announce(PORT_OPEN, 1, &[]);
-                    self.announced_open = true;
+                    self.announced_open = self.backend.is_connected();
+                    self.announce(PORT_OPEN, u16::from(self.announced_open), &[]);
                 }
                 PORT_OPEN => self.guest_open = value == 1,
                 _ => {}
             }
         }
-        Ok(used)
+        Ok((used, true))
     }
 }
 
@@ -313,15 +368,18 @@ impl Device for Console {
         index: usize,
         queues: &mut [Queue],
         memory: &GuestMemoryMmap,
-    ) -> Result<bool, DeviceError> {
+    ) -> Result<Progress, DeviceError> {
         let mut used = [false; SIZES.len()];
+        let mut more = false;
         match index {
-            RECEIVE => used[RECEIVE] = self.receive(queues, memory)?,
-            TRANSMIT => used[TRANSMIT] = self.transmit(queues, memory)?,
+            RECEIVE => (used[RECEIVE], more) = self.receive(queues, memory)?,
+            TRANSMIT => (used[TRANSMIT], more) = self.transmit(queues, memory)?,
             CONTROL_FROM_GUEST => {
-                used[CONTROL_FROM_GUEST] = self.take_control(queues, memory)?;
+                (used[CONTROL_FROM_GUEST], more) = self.take_control(queues, memory)?;
                 // The guest may just have opened the port with bytes already waiting for it.
-                used[RECEIVE] = self.receive(queues, memory)?;
+                let (received, more_to_receive) = self.receive(queues, memory)?;
+                used[RECEIVE] = received;
+                more |= more_to_receive;
             }
             _ => {}
         }
@@ -330,12 +388,13 @@ impl Device for Console {
         for (index, used) in used.iter().enumerate() {
             interrupt |= *used && queue::wants_interrupt(queues, index, memory)?;
         }
-        Ok(interrupt)
+        Ok(Progress { interrupt, more })
     }
 
     fn reset(&mut self) {
         self.multiport = false;
         self.guest_open = false;
+        self.port_ready = false;
         self.announced_open = false;
         self.control.clear();
         self.to_guest.clear();

@@ -10,6 +10,10 @@ pub struct ConsoleState {
     pub multiport: bool,
     /// The guest has opened the port.
     pub guest_open: bool,
+    /// The guest has set the port up, so that it listens to what is said of it.
+    pub port_ready: bool,
+    /// The guest was told that the host's side is open.
+    pub announced_open: bool,
     /// Control messages not yet delivered to the guest.
     pub control: Vec<Vec<u8>>,
     /// Bytes on their way to the guest.

@@ -1,0 +1,161 @@
+//! The figures: medians and 99th percentiles, as JSON and as a table.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::host;
+use crate::workspace::Workspace;
+
+/// What a figure counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unit {
+    /// Milliseconds.
+    Ms,
+    /// Returns of vCPUs to user space.
+    Exits,
+    /// Pages of 4 KiB.
+    Pages,
+    /// 1,024 bytes.
+    Kib,
+}
+
+/// One figure.
+#[derive(Debug, Serialize)]
+pub struct Measure {
+    name: String,
+    unit: Unit,
+    median: f64,
+    p99: f64,
+    n: usize,
+}
+
+/// All of a run.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Processor, number of CPUs, kernel.
+    host: String,
+    /// What a millisecond is.
+    clock: host::Clock,
+    /// Commit of the sources, if this was started in their working tree.
+    commit: Option<String>,
+    /// Programs that are compared with, and what they say their version is.
+    peers: BTreeMap<String, String>,
+    /// The figures.
+    pub measures: Vec<Measure>,
+}
+
+impl Report {
+    /// An empty report.
+    pub fn new(workspace: &Workspace) -> anyhow::Result<Self> {
+        Ok(Self {
+            host: host::describe(),
+            clock: host::clock(),
+            commit: host::commit(),
+            peers: workspace
+                .firecracker_version
+                .clone()
+                .map(|version| ("firecracker".into(), version))
+                .into_iter()
+                .collect(),
+            measures: Vec::new(),
+        })
+    }
+
+    /// Adds a measure by the values that were seen.
+    pub fn add(&mut self, name: String, unit: Unit, mut values: Vec<f64>) {
+        values.sort_by(f64::total_cmp);
+        self.measures.push(Measure {
+            name,
+            unit,
+            median: median(&values),
+            p99: percentile(&values, 99),
+            n: values.len(),
+        });
+    }
+
+    /// The table for people.
+    pub fn table(&self) -> String {
+        let mut table = format!(
+            "host: {}\nclock: {}\ncommit: {}\n",
+            self.host,
+            self.clock,
+            self.commit.as_deref().unwrap_or("unknown")
+        );
+        for (peer, version) in &self.peers {
+            table.push_str(&format!("{peer}: {version}\n"));
+        }
+        table.push_str(&format!(
+            "\n{:<32} {:>12} {:>12} {:>5}\n",
+            "", "median", "p99", "n"
+        ));
+        for measure in &self.measures {
+            let (digits, unit) = match measure.unit {
+                Unit::Ms => (3, "ms"),
+                Unit::Exits => (0, "exits"),
+                Unit::Pages => (0, "pages"),
+                Unit::Kib => (0, "KiB"),
+            };
+            table.push_str(&format!(
+                "{:<32} {:>12.digits$} {:>12.digits$} {:>5}  {unit}\n",
+                measure.name, measure.median, measure.p99, measure.n
+            ));
+        }
+        table
+    }
+
+    /// Writes the JSON file, as a whole or not at all.
+    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
+        let directory = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        std::fs::create_dir_all(directory)?;
+        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        serde_json::to_writer_pretty(&mut file, self)?;
+        std::io::Write::write_all(&mut file, b"\n")?;
+        // Temporary files are for their maker alone; a report is for all.
+        std::fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        file.persist(path)?;
+        Ok(())
+    }
+}
+
+/// Middle of sorted values; of an even number of them, the mean of both.
+fn median(sorted: &[f64]) -> f64 {
+    let upper = sorted.get(sorted.len() / 2).copied().unwrap_or_default();
+    if sorted.len() % 2 == 1 {
+        return upper;
+    }
+    let lower = sorted
+        .len()
+        .checked_sub(2)
+        .and_then(|_| sorted.get(sorted.len() / 2 - 1))
+        .copied();
+    lower.map_or(upper, |lower| f64::midpoint(lower, upper))
+}
+
+/// The smallest of sorted values that is not less than `percent` % of them (nearest rank).
+fn percentile(sorted: &[f64], percent: usize) -> f64 {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_and_percentiles_are_values_in_the_middle_and_near_the_end() {
+        assert_eq!(median(&[]), 0.0);
+        assert_eq!(median(&[3.0]), 3.0);
+        assert_eq!(median(&[1.0, 2.0]), 1.5);
+        assert_eq!(median(&[1.0, 2.0, 9.0]), 2.0);
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(percentile(&hundred, 99), 99.0);
+        assert_eq!(percentile(&[1.0, 2.0], 99), 2.0);
+        assert_eq!(percentile(&[], 99), 0.0);
+    }
+}

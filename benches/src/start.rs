@@ -1,0 +1,234 @@
+//! Starts: of a process, of a clone, of `picovm run`, each with the same program, to its first byte of output and to
+//! its end.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, bail};
+use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, Identity, Stream};
+use picovm_vmm::machine::Machine;
+use picovm_vmm::{ForkOptions, Outcome, Template};
+
+use crate::boot::{self, MEMORY_MIB, ms};
+use crate::report::{Report, Unit};
+use crate::rounds::{self, Probe, Selection};
+use crate::workspace::{DISTRIBUTION, SMALL, Workspace};
+
+const DISCARDED: u32 = 5;
+/// A start that takes longer has gone wrong.
+const START_MAX: Duration = Duration::from_secs(60);
+const WORD: &str = "hello";
+
+/// Measures it all.
+pub fn measure(
+    workspace: &Workspace,
+    selection: &Selection,
+    rounds: u32,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let small = boot::build_template(workspace, &workspace.small.file, &workspace.path("small"))?;
+    let distribution = match &workspace.distribution {
+        Some(image) => Some(boot::build_template(
+            workspace,
+            &image.file,
+            &workspace.path("distribution"),
+        )?),
+        None => None,
+    };
+    let mut probes = vec![
+        Probe::new(
+            [("process_first_byte", Unit::Ms), ("process_exit", Unit::Ms)],
+            || process(Command::new(&workspace.echo).arg(WORD)),
+        ),
+        Probe::new([("template_open", Unit::Ms)], || {
+            let start = Instant::now();
+            let template = Template::open(small.path())?;
+            let end = Instant::now();
+            drop(template);
+            Ok([ms(start, end)])
+        }),
+        Probe::new([("fork_freeze_again", Unit::Ms)], || freeze_again(&small)),
+        fork_probe(&small),
+        run_probe(workspace, SMALL),
+    ];
+    if let Some(template) = &distribution {
+        probes.push(fork_probe(template).named("debian_"));
+        probes.push(run_probe(workspace, DISTRIBUTION).named("debian_"));
+    }
+    rounds::measure("starts", probes, selection, (DISCARDED, rounds), report)
+}
+
+/// Spawns a process and reads what it writes: to the first byte, to its exit status.
+fn process(command: &mut Command) -> anyhow::Result<[f64; 2]> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let start = Instant::now();
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot start {command:?}"))?;
+    let mut stdout = child.stdout.take().context("a child has no standard output")?;
+    let mut bytes = [0u8; 64];
+    let count = stdout.read(&mut bytes)?;
+    let first = Instant::now();
+    let mut output = bytes.get(..count).unwrap_or_default().to_vec();
+    stdout.read_to_end(&mut output)?;
+    let status = child.wait()?;
+    let end = Instant::now();
+    if !status.success() || output.trim_ascii_end() != WORD.as_bytes() {
+        bail!(
+            "{command:?} ended with {status} and wrote {:?}",
+            String::from_utf8_lossy(&output)
+        );
+    }
+    Ok([ms(start, first), ms(start, end)])
+}
+
+fn run_probe<'a>(workspace: &'a Workspace, image: &'static str) -> Probe<'a> {
+    Probe::new(
+        [("run_first_byte", Unit::Ms), ("run_exit", Unit::Ms)],
+        move || {
+            let mut command = Command::new(&workspace.picovm);
+            command
+                .env("PICOVM_HOME", workspace.store.root())
+                .env_remove("PICOVM_GUEST");
+            command.args(["run", "--memory", &format!("{MEMORY_MIB}m"), image, "echo", WORD]);
+            process(&mut command)
+        },
+    )
+}
+
+/// Forks a clone without an identity: its first instructions find none and trap again.
+fn freeze_again(template: &Template) -> anyhow::Result<[f64; 1]> {
+    let start = Instant::now();
+    let mut clone = template.fork(ForkOptions::default())?;
+    let outcome = clone.run(Some(START_MAX))?;
+    let end = Instant::now();
+    if outcome != Some(Outcome::FreezePoint) {
+        bail!("a clone without an identity did not freeze again: {outcome:?}");
+    }
+    Ok([ms(start, end)])
+}
+
+fn fork_probe(template: &Template) -> Probe<'_> {
+    Probe::new(
+        [
+            ("fork", Unit::Ms),
+            ("fork_first_byte", Unit::Ms),
+            ("fork_exit", Unit::Ms),
+            ("start_exits", Unit::Exits),
+            ("owned_pages", Unit::Pages),
+        ],
+        || fork(template),
+    )
+}
+
+/// Forks a clone, lets it run [`WORD`] through `echo` and reads the agent's frames.
+fn fork(template: &Template) -> anyhow::Result<[f64; 5]> {
+    let start = Instant::now();
+    let identity = identity()?.encode(template.identity_area())?;
+    let mut clone = template.fork(ForkOptions {
+        identity,
+        ..ForkOptions::default()
+    })?;
+    let forked = Instant::now();
+    let mut connection = clone
+        .take_connection()
+        .context("a clone has no control connection")?;
+    connection.set_read_timeout(Some(START_MAX))?;
+    clone.start()?;
+    let (output, first, exit, end) = listen(&mut connection)
+        .with_context(|| format!("a clone did not answer; its console:\n{}", clone.console_tail()))?;
+    let exits = clone.exits();
+    let owned = owned_pages()?;
+    if exit != ContainerExit::Code(0) || output.trim_ascii_end() != WORD.as_bytes() {
+        bail!(
+            "a clone ended with {exit:?} and wrote {:?}",
+            String::from_utf8_lossy(&output)
+        );
+    }
+    end_of(&mut clone)?;
+    Ok([
+        ms(start, forked),
+        ms(start, first),
+        ms(start, end),
+        (exits.port + exits.memory + exits.interrupted) as f64,
+        owned as f64,
+    ])
+}
+
+fn identity() -> anyhow::Result<Identity> {
+    let mut entropy = [0u8; 32];
+    rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    Ok(Identity {
+        id: "bench".into(),
+        hostname: "bench".into(),
+        entropy,
+        realtime_ns: u64::try_from(now.as_nanos())?,
+        container: Some(ContainerSpec {
+            args: vec![b"echo".to_vec(), WORD.into()],
+            ..ContainerSpec::default()
+        }),
+    })
+}
+
+/// Reads the agent's frames to the last: output, when its first byte came, exit status, when that came.
+fn listen(connection: &mut UnixStream) -> anyhow::Result<(Vec<u8>, Instant, ContainerExit, Instant)> {
+    let mut decoder = FrameDecoder::default();
+    let (mut output, mut first) = (Vec::new(), None);
+    let mut bytes = [0u8; 4096];
+    loop {
+        let count = connection.read(&mut bytes)?;
+        let now = Instant::now();
+        if count == 0 {
+            bail!("it closed its control connection");
+        }
+        decoder.push(bytes.get(..count).unwrap_or_default());
+        while let Some(frame) = decoder.next_frame()? {
+            match frame {
+                Frame::Data(Stream::Stdout, data) => {
+                    first.get_or_insert(now);
+                    output.extend(data);
+                }
+                Frame::Exit(exit) => {
+                    return Ok((output, first.context("its container wrote nothing")?, exit, now));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Lets a clone that has said its last word power itself off.
+fn end_of(clone: &mut Machine) -> anyhow::Result<()> {
+    match clone.wait(Some(START_MAX))? {
+        Some(Outcome::PowerOff) => Ok(()),
+        outcome => bail!(
+            "a clone did not power itself off: {outcome:?}. Its console:\n{}",
+            clone.console_tail()
+        ),
+    }
+}
+
+/// Pages that the one clone of this process has written, and so owns: the anonymous ones of mappings of a file named
+/// `memory` (`/proc/PID/smaps`, proc(5)).
+fn owned_pages() -> anyhow::Result<u64> {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").context("cannot read /proc/self/smaps")?;
+    let (mut kib, mut ours) = (0u64, false);
+    for line in smaps.lines() {
+        match line.split_once(':') {
+            Some(("Anonymous", value)) if ours => {
+                kib += value
+                    .split_whitespace()
+                    .next()
+                    .and_then(|value| value.parse().ok())
+                    .unwrap_or(0);
+            }
+            Some((field, _)) if !field.contains(' ') => {}
+            _ => ours = Path::new(line).ends_with("memory"),
+        }
+    }
+    Ok(kib / 4)
+}

@@ -1,0 +1,199 @@
+//! The directory in which everything is measured: copies of all files that are read while the clock runs, and a store
+//! of its own.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+use picovm_engine::{GuestFiles, Image, Store};
+
+use crate::guest::Program;
+
+/// A real distribution, in the store that `make image` fills.
+pub const DISTRIBUTION: &str = "debian";
+/// An image with nothing but one static program, as `sh` and `echo`.
+pub const SMALL: &str = "bench";
+
+/// The directory and what is where in it.
+pub struct Workspace {
+    directory: tempfile::TempDir,
+    /// The pico kernel.
+    pub kernel: PathBuf,
+    /// The initramfs with `init`.
+    pub initramfs: PathBuf,
+    /// An initramfs whose `/init` resets the machine.
+    pub reset: PathBuf,
+    /// An initramfs whose `/init` writes to Firecracker's boot timer.
+    pub boot_timer: PathBuf,
+    /// An initramfs whose `/init` is at the freeze point at once.
+    pub at_once: PathBuf,
+    /// The real initramfs with that program in it as `/at-once`.
+    pub at_once_beside_init: PathBuf,
+    /// This program.
+    pub bench: PathBuf,
+    /// The command.
+    pub picovm: PathBuf,
+    /// The static program that is measured, under the name `echo`.
+    pub echo: PathBuf,
+    /// The store.
+    pub store: Store,
+    /// The image [`DISTRIBUTION`], if the store that this was started with has it.
+    pub distribution: Option<Image>,
+    /// The image [`SMALL`].
+    pub small: Image,
+    /// Firecracker, if there is one to compare with.
+    pub firecracker: Option<PathBuf>,
+    /// What it says its version is.
+    pub firecracker_version: Option<String>,
+}
+
+impl Workspace {
+    /// Copies and makes what measuring needs.
+    pub fn prepare(firecracker: Option<&Path>) -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix("picovm-bench-")
+            .tempdir()
+            .context("cannot make a working directory; set TMPDIR to a place with 1 GiB, best a tmpfs")?;
+        let at = |name: &str| directory.path().join(name);
+        for name in ["guest", "image", "image/bin"] {
+            fs::create_dir(at(name)).with_context(|| format!("cannot create {}", at(name).display()))?;
+        }
+
+        // Beside the programs, where they look for them.
+        let guest = GuestFiles::find()?;
+        let kernel = copy(&guest.kernel, at("guest/vmlinux"))?;
+        let initramfs = copy(&guest.initramfs, at("guest/initramfs.cpio"))?;
+        let reset = write(at("reset.cpio"), &Program::Reset.initramfs("init"))?;
+        let boot_timer = write(at("boot-timer.cpio"), &Program::BootTimer.initramfs("init"))?;
+        let at_once = write(at("at-once.cpio"), &Program::FreezePoint.initramfs("init"))?;
+        let mut both =
+            fs::read(&initramfs).with_context(|| format!("cannot read {}", initramfs.display()))?;
+        both.extend(Program::FreezePoint.initramfs("at-once"));
+        let at_once_beside_init = write(at("at-once-beside-init.cpio"), &both)?;
+
+        let this = std::env::current_exe().context("cannot find out where this program lies")?;
+        let bench = copy(&this, at("picovm-bench"))?;
+        let command = this.with_file_name("picovm");
+        let picovm = copy(&command, at("picovm")).context("`make build` puts picovm beside picovm-bench")?;
+        let (firecracker, firecracker_version) = match firecracker {
+            Some(path) => {
+                let path = copy(path, at("firecracker"))?;
+                let version = version(&path)?;
+                (Some(path), Some(version))
+            }
+            None => (None, None),
+        };
+
+        let program = static_busybox().unwrap_or(this);
+        let echo = copy(&program, at("image/bin/echo"))?;
+        symlink("echo", at("image/bin/sh")).context("cannot make the image's sh")?;
+        let store = Store::open(&at("store"))?;
+        let small = store.build_image(SMALL, &at("image"), &mut |_| {})?;
+        let distribution = take_image(&store, DISTRIBUTION)?;
+        Ok(Self {
+            kernel,
+            initramfs,
+            reset,
+            boot_timer,
+            at_once,
+            at_once_beside_init,
+            bench,
+            picovm,
+            echo,
+            store,
+            distribution,
+            small,
+            firecracker,
+            firecracker_version,
+            directory,
+        })
+    }
+
+    /// A path in the directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The image that boots are measured with.
+    pub fn boot_image(&self) -> &Image {
+        self.distribution.as_ref().unwrap_or(&self.small)
+    }
+}
+
+/// Copies a file, its mode included.
+fn copy(from: &Path, to: PathBuf) -> anyhow::Result<PathBuf> {
+    fs::copy(from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    Ok(to)
+}
+
+fn write(path: PathBuf, bytes: &[u8]) -> anyhow::Result<PathBuf> {
+    fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// Copies an image of the default store into `store`, if it is there.
+fn take_image(store: &Store, name: &str) -> anyhow::Result<Option<Image>> {
+    let common = Store::open_default()?;
+    let Ok(image) = common.image(name) else {
+        eprintln!(
+            "no image {name} in {}: measuring without it; `make image` makes it",
+            common.root().display()
+        );
+        return Ok(None);
+    };
+    let file = image
+        .file
+        .strip_prefix(common.root())
+        .context("an image lies outside its store")?;
+    copy(&image.file, store.root().join(file))?;
+    let record = Path::new("images/names").join(format!("{name}.json"));
+    copy(&common.root().join(&record), store.root().join(&record))?;
+    Ok(Some(store.image(name)?))
+}
+
+/// Busybox, if there is one that needs no libraries.
+fn static_busybox() -> Option<PathBuf> {
+    let directories = std::env::var_os("PATH")?;
+    let busybox = std::env::split_paths(&directories)
+        .map(|directory| directory.join("busybox"))
+        .find(|path| path.is_file())?;
+    // A dynamic one names its loader at the start of the file.
+    let elf = fs::read(&busybox).ok()?;
+    let dynamic = elf
+        .iter()
+        .take(4096)
+        .copied()
+        .collect::<Vec<u8>>()
+        .windows(5)
+        .any(|bytes| bytes == b"ld-li");
+    (!dynamic).then_some(busybox)
+}
+
+/// What a program answers to `--version`, its first line.
+fn version(program: &Path) -> anyhow::Result<String> {
+    let output = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {}", program.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or("unknown").trim().to_owned())
+}
+
+/// Is `echo` or `sh` if started under one of these names, where there is no static busybox. Gives the exit status.
+pub fn as_static_program() -> Option<i32> {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next()?;
+    let name = Path::new(&name).file_name()?;
+    if name != OsStr::new("echo") && name != OsStr::new("sh") {
+        return None;
+    }
+    let words: Vec<String> = arguments
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    println!("{}", words.join(" "));
+    Some(0)
+}

@@ -1,0 +1,6 @@
+//! Devices from the guest's side: what the transport promises, well-formed requests, and drivers that do as they like.
+
+mod driver;
+mod hostile;
+mod round_trips;
+mod transport;
