@@ -2,7 +2,7 @@
 #
 # PICOVM_HOST   auto (default), direct or emulated: where demo, test and bench find KVM
 # PICOVM_CACHE  what is costly to make again: kernels, images, tools  (default ~/.cache/picovm)
-# PICOVM_HOME   the store of demo and test                            (default $PICOVM_CACHE/store)
+# PICOVM_HOME   the store; by default picovm's own for the demo, and $PICOVM_CACHE/store for tests and benchmarks
 # PREFIX        where install puts things                             (default /usr/local)
 
 PREFIX ?= /usr/local
@@ -22,7 +22,7 @@ demo: setup build image ## The main job: boot a real Debian once, fork clones th
 test: ## Do all set-up, then run every test; the last line is "N passed, N failed"
 	@tests/run-all
 
-bench: setup build image ## Measure boot, freeze, fork and run; the figures go to target/bench/report.json
+bench: setup build ## Measure boot, freeze, fork and run; the figures go to target/bench/report.json
 	@make/bench
 
 setup: ## Install the Debian packages that are missing (as root)

@@ -9,8 +9,8 @@ cd "$root"
 cache=${PICOVM_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/picovm}
 cache=$(realpath -m -- "$cache")
 export PICOVM_CACHE=$cache
-# The store of the demo and the tests, not the one of containers that a user of this machine runs.
-export PICOVM_HOME=${PICOVM_HOME:-$cache/store}
+# `own_store`: from here on the store is one for tests, not that of the containers that a user of this machine runs.
+own_store() { export PICOVM_HOME=${PICOVM_HOME:-$cache/store}; }
 
 target=$(realpath -m -- "${CARGO_TARGET_DIR:-target}")
 if [[ -n ${CARGO_TARGET_DIR:-} ]]; then export CARGO_TARGET_DIR=$target; fi

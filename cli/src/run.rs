@@ -61,10 +61,6 @@ impl Signals {
 }
 
 pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
-    let deadline = options
-        .timeout
-        .and_then(|timeout| Instant::now().checked_add(timeout));
-    // Before any machine: a Ctrl-C from here on is the container's.
     let store = Store::open_default()?;
     let spec = TemplateSpec {
         image: store.image(&options.image)?,
@@ -73,6 +69,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     };
     let template = store.template(&spec, &mut |progress| eprintln!("picovm: {progress}"))?;
 
+    // From here on a Ctrl-C is the container's.
     let signals = Signals::watch()?;
     let console_log = match &options.console_log {
         Some(path) => Some(
@@ -93,6 +90,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         },
     )?;
 
+    let deadline = options.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let mut interrupts = 0;
     let mut timed_out = false;
     let mut interrupted = |wake: Wake| match wake {

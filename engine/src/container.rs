@@ -115,6 +115,7 @@ impl Container {
             .set_nonblocking(true)
             .map_err(EngineError::host("set up the control connection"))?;
         machine.start()?;
+        tracing::info!(id, template = template.id(), "container started");
         Ok(Self {
             machine,
             connection,

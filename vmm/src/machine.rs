@@ -503,7 +503,12 @@ impl Machine {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .state(),
-            ports: self.devices.ports.lock().unwrap_or_else(PoisonError::into_inner).state(),
+            ports: self
+                .devices
+                .ports
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .state(),
         })
     }
 

@@ -127,9 +127,7 @@ impl VcpuThread {
     pub fn spawn(mut vcpu: VcpuFd, context: VcpuContext) -> std::io::Result<Self> {
         static HANDLER: OnceLock<Result<(), i32>> = OnceLock::new();
         HANDLER
-            .get_or_init(|| {
-                register_signal_handler(kick_signal(), do_nothing).map_err(|error| error.errno())
-            })
+            .get_or_init(|| register_signal_handler(kick_signal(), do_nothing).map_err(|error| error.errno()))
             .map_err(std::io::Error::from_raw_os_error)?;
 
         let kick = Arc::new(Kick::default());

@@ -214,7 +214,11 @@ pub fn load(vcpu: &VcpuFd, index: u8, state: &VcpuState) -> Result<(), VcpuError
     ioctl(index, "load the CPUID", vcpu.set_cpuid2(&cpuid))?;
     // The guest has measured the rate and never does again. KVM scales where this host's differs by more than 250 ppm.
     if state.tsc_khz != 0 {
-        ioctl(index, "load the rate of the time stamp counter", vcpu.set_tsc_khz(state.tsc_khz))?;
+        ioctl(
+            index,
+            "load the rate of the time stamp counter",
+            vcpu.set_tsc_khz(state.tsc_khz),
+        )?;
     }
     ioctl(index, "load the run state", vcpu.set_mp_state(state.mp_state))?;
     ioctl(index, "load the registers", vcpu.set_regs(&state.regs))?;

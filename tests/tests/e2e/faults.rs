@@ -34,17 +34,32 @@ fn without_kvm_the_error_says_what_to_load() {
 
 #[test]
 fn a_user_who_may_not_use_kvm_is_told_so() {
-    template();
-    // The directories on the way are made by root for itself.
-    let script = "chmod 600 /dev/kvm && chmod 755 $PICOVM_HOME && chmod -R go+rX $PICOVM_HOME && \
-                  exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$0\" run debian true";
-    let output = Command::new("sh")
-        .args(["-c", script])
-        .arg(picovm_tests::binary())
-        .env("PICOVM_HOME", store().path())
+    // Everything that another user needs, where it can read it.
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    std::fs::create_dir_all(at("guest")).unwrap();
+    std::fs::create_dir_all(at("tree/bin")).unwrap();
+    let binary = at("picovm");
+    std::fs::copy(picovm_tests::binary(), &binary).unwrap();
+    std::fs::copy(picovm_tests::binary(), at("tree/bin/true")).unwrap();
+    std::fs::copy(crate::guest().kernel, at("guest/vmlinux")).unwrap();
+    std::fs::copy(crate::guest().initramfs, at("guest/initramfs.cpio")).unwrap();
+    let built =
+        picovm_tests::picovm_in(&at("store")).args(["image", "build", "tiny"]).arg(at("tree")).output().unwrap();
+    assert!(built.status.success(), "{}", stderr(&built));
+
+    let script = "chmod -R go+rwX \"$PICOVM_HOME/..\" && chmod 600 \"$KVM\" && mount --bind \"$KVM\" /dev/kvm && \
+                  exec setpriv --reuid 65534 --regid 65534 --clear-groups \"$0\" run tiny true";
+    // Stands in for the device: what counts is that it may not be opened.
+    let forbidden = at("forbidden");
+    std::fs::write(&forbidden, "").unwrap();
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", &script])
+        .arg(&binary)
+        .env("PICOVM_HOME", at("store"))
+        .env("KVM", &forbidden)
         .output()
         .unwrap();
-    Command::new("chmod").args(["666", "/dev/kvm"]).status().unwrap();
     assert_eq!(output.status.code(), Some(125));
     assert!(stderr(&output).contains("may not use KVM"), "{}", stderr(&output));
 }

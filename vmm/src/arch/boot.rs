@@ -368,7 +368,9 @@ mod tests {
         elf[104..112].copy_from_slice(&(1u64 << 20).to_le_bytes()); // p_memsz
         assert!(load(&memory(), file(&elf).path(), None, "", 1).is_ok());
         elf[104..112].copy_from_slice(&(1u64 << 30).to_le_bytes());
-        let error = load(&memory(), file(&elf).path(), None, "", 1).unwrap_err().to_string();
+        let error = load(&memory(), file(&elf).path(), None, "", 1)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("takes 1025 MiB and the guest has 32"), "{error}");
     }
 

@@ -145,11 +145,17 @@ mod tests {
 
     #[test]
     fn every_vcpu_has_its_own_id_and_none_can_virtualize() {
-        let entry = |function| kvm_cpuid_entry2 { function, ecx: u32::MAX, ..Default::default() };
+        let entry = |function| kvm_cpuid_entry2 {
+            function,
+            ecx: u32::MAX,
+            ..Default::default()
+        };
         let supported = CpuId::from_entries(&[entry(1), entry(0x8000_0001), entry(0xb)]).unwrap();
         for index in 0..4 {
             let cpuid = for_vcpu(&supported, index, 4).unwrap();
-            let [leaf_1, extended, topology] = cpuid.as_slice() else { panic!("three leaves") };
+            let [leaf_1, extended, topology] = cpuid.as_slice() else {
+                panic!("three leaves")
+            };
             assert_eq!(leaf_1.ebx >> 24, u32::from(index));
             assert_eq!(topology.edx, u32::from(index));
             assert_eq!(leaf_1.ecx & VMX, 0);

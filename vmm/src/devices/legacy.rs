@@ -142,7 +142,10 @@ impl Ports {
             in_buffer: state.in_buffer.clone(),
         };
         let serial = Serial::from_state(&saved, LineTrigger(line), NoEvents, log).ok()?;
-        Some(Self { serial, keyboard: I8042Device::new(ResetLine::default()) })
+        Some(Self {
+            serial,
+            keyboard: I8042Device::new(ResetLine::default()),
+        })
     }
 
     /// What a clone needs of them.
@@ -240,7 +243,10 @@ mod tests {
         let mut value = [0; 1];
         clone.read(SERIAL_PORT + 7, &mut value);
         assert_eq!(value, [0xa5]);
-        let overfull = PortsState { in_buffer: vec![0; 1000], ..state };
+        let overfull = PortsState {
+            in_buffer: vec![0; 1000],
+            ..state
+        };
         assert!(Ports::from_state(&overfull, Arc::new(NoLine), ConsoleLog::default()).is_none());
     }
 

@@ -198,7 +198,10 @@ mod tests {
         let partial = tempfile::tempdir_in(parent.path()).unwrap();
         let directory = parent.path().join("template");
         publish(partial, &directory, parent.path()).unwrap();
-        assert_eq!(fs::metadata(&directory).unwrap().permissions().mode() & 0o7777, 0o755);
+        assert_eq!(
+            fs::metadata(&directory).unwrap().permissions().mode() & 0o7777,
+            0o755
+        );
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
     }
 

@@ -68,7 +68,10 @@ impl Template {
         let damaged = |reason: String| TemplateError::damaged(directory, reason);
 
         if metadata.protocol != picovm_guest_protocol::PROTOCOL_VERSION {
-            return Err(TemplateError::Protocol { path: directory.to_owned(), found: metadata.protocol });
+            return Err(TemplateError::Protocol {
+                path: directory.to_owned(),
+                found: metadata.protocol,
+            });
         }
 
         let bytes = read_small(&directory.join(STATE))?;
@@ -82,7 +85,10 @@ impl Template {
             return Err(damaged("its files disagree on the size of the memory".into()));
         }
         if !(layout::MEMORY_MIN_MIB..=layout::MEMORY_MAX_MIB).contains(&metadata.memory_mib) {
-            return Err(damaged(format!("a machine of {} MiB cannot be made", metadata.memory_mib)));
+            return Err(damaged(format!(
+                "a machine of {} MiB cannot be made",
+                metadata.memory_mib
+            )));
         }
         if state.vcpus.len() != usize::from(metadata.vcpus) {
             return Err(damaged("its files disagree on the number of vCPUs".into()));
@@ -131,7 +137,10 @@ impl Template {
 
     /// The same template, whose directory was renamed.
     pub(super) fn renamed(self, directory: &Path) -> Self {
-        Self { path: directory.to_owned(), ..self }
+        Self {
+            path: directory.to_owned(),
+            ..self
+        }
     }
 
     /// Its directory.
@@ -258,7 +267,10 @@ fn recorded(directory: &Path) -> Option<Verified> {
 /// Records that the memory, just written by this process, is what its checksum says.
 pub(super) fn record_written(directory: &Path, checksum: &str) {
     let file = File::open(directory.join(MEMORY)).ok();
-    record(directory, file.and_then(|file| Verified::of(&file, checksum)).as_ref());
+    record(
+        directory,
+        file.and_then(|file| Verified::of(&file, checksum)).as_ref(),
+    );
 }
 
 /// Where the record cannot be written, the next opening compares again.

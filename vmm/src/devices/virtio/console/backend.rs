@@ -20,7 +20,13 @@ pub struct StreamBackend {
 pub fn connection() -> io::Result<(StreamBackend, UnixStream)> {
     let (device, host) = UnixStream::pair()?;
     device.set_nonblocking(true)?;
-    Ok((StreamBackend { stream: Some(device), write_ended: false }, host))
+    Ok((
+        StreamBackend {
+            stream: Some(device),
+            write_ended: false,
+        },
+        host,
+    ))
 }
 
 impl StreamBackend {
@@ -64,7 +70,9 @@ impl StreamBackend {
 
     /// Writes as much as fits: `None` when nothing fits now. Once the host program has gone, everything fits.
     pub fn write(&mut self, bytes: &[u8]) -> Option<usize> {
-        let Some(stream) = self.stream.as_ref().filter(|_| !self.write_ended) else { return Some(bytes.len()) };
+        let Some(stream) = self.stream.as_ref().filter(|_| !self.write_ended) else {
+            return Some(bytes.len());
+        };
         // Not `write(2)`: a host program that lets SIGPIPE do what it does by default would end with its clone.
         match rustix::io::retry_on_intr(|| rustix::net::send(stream, bytes, SendFlags::NOSIGNAL)) {
             Ok(count) => Some(count),

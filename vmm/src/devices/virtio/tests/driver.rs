@@ -34,10 +34,19 @@ impl Memory {
         let inner = unsafe {
             std::ptr::write_bytes(around.as_ptr(), MARK, MARGIN);
             std::ptr::write_bytes(start.wrapping_add(MEMORY), MARK, MARGIN);
-            MmapRegion::build_raw(start, MEMORY, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE).unwrap()
+            MmapRegion::build_raw(
+                start,
+                MEMORY,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE,
+            )
+            .unwrap()
         };
         let region = GuestRegionMmap::new(inner, GuestAddress(0)).unwrap();
-        Self { around, guest: GuestMemoryMmap::from_regions(vec![region]).unwrap() }
+        Self {
+            around,
+            guest: GuestMemoryMmap::from_regions(vec![region]).unwrap(),
+        }
     }
 
     /// Whether nothing was written outside guest memory.
@@ -46,7 +55,10 @@ impl Memory {
             // SAFETY: inside `around`; nobody writes to the margins.
             unsafe { std::slice::from_raw_parts(self.around.as_ptr().wrapping_add(at), MARGIN) }
         };
-        [margin(0), margin(MARGIN + MEMORY)].concat().iter().all(|byte| *byte == MARK)
+        [margin(0), margin(MARGIN + MEMORY)]
+            .concat()
+            .iter()
+            .all(|byte| *byte == MARK)
     }
 
     pub fn read(&self, at: u64, length: usize) -> Vec<u8> {
@@ -160,7 +172,10 @@ impl Driver {
         memory.write(base + 0x1002, &queue.next_avail.to_le_bytes());
         if event_idx {
             // Interrupt me for the next one.
-            memory.write(base + 0x1004 + u64::from(queue.size) * 2, &queue.next_used.to_le_bytes());
+            memory.write(
+                base + 0x1004 + u64::from(queue.size) * 2,
+                &queue.next_used.to_le_bytes(),
+            );
         }
         Some(head)
     }

@@ -31,7 +31,10 @@ fn cut(mut at: u64, total: usize, cuts: &[Index], writable: bool) -> Vec<Part> {
 fn restored(slot: &Slot, memory: &Memory) -> (Slot, UnixStream) {
     let state = slot.state();
     let (backend, host) = console::connection().unwrap();
-    let backend = state.open_backend(&mut Some(backend), &mut std::iter::empty()).unwrap().unwrap();
+    let backend = state
+        .open_backend(&mut Some(backend), &mut std::iter::empty())
+        .unwrap()
+        .unwrap();
     let slot = Slot::from_state(backend, 2, memory.guest.clone(), line(), &state).unwrap();
     slot.resume();
     (slot, host)
@@ -207,7 +210,9 @@ fn console_step() -> impl Strategy<Value = ConsoleStep> {
 
 /// Bytes of a stream that tell where in it they are.
 fn stream(from: usize, count: usize) -> Vec<u8> {
-    (from..from + count).map(|at| (at % 251) as u8 ^ (at >> 8) as u8).collect()
+    (from..from + count)
+        .map(|at| (at % 251) as u8 ^ (at >> 8) as u8)
+        .collect()
 }
 
 struct Port {
@@ -245,14 +250,19 @@ impl Port {
         };
         port.limit();
         for at in 0..8 {
-            port.driver.add(&port.memory, 2, &[(0xf000 + at * 64, 64, true)]).unwrap();
+            port.driver
+                .add(&port.memory, 2, &[(0xf000 + at * 64, 64, true)])
+                .unwrap();
         }
         port.driver.notify(&port.memory, &port.slot, 2, 8);
         let said = |port: &mut Self| -> Vec<Vec<u8>> {
             let used = port.driver.used(&port.memory, 2);
             // Chains are given in order of the buffers and used in that order.
             let all: Vec<Vec<u8>> = (0..8).map(|at| port.memory.read(0xf000 + at * 64, 64)).collect();
-            used.iter().zip(all).map(|((_, length), bytes)| bytes[..*length as usize].to_vec()).collect()
+            used.iter()
+                .zip(all)
+                .map(|((_, length), bytes)| bytes[..*length as usize].to_vec())
+                .collect()
         };
         port.control(0, 1);
         assert_eq!(said(&mut port), [[0, 0, 0, 0, 1, 0, 1, 0]]);
@@ -320,7 +330,11 @@ impl Port {
                 let place = self.place(*count);
                 if place != 0 {
                     self.memory.write(place, &stream(self.sent, *count));
-                    if self.driver.add(&self.memory, 1, &cut(place, *count, cuts, false)).is_some() {
+                    if self
+                        .driver
+                        .add(&self.memory, 1, &cut(place, *count, cuts, false))
+                        .is_some()
+                    {
                         self.sent += count;
                         self.driver.notify(&self.memory, &self.slot, 1, 1);
                     }
@@ -355,7 +369,9 @@ impl Port {
         self.settle();
         // What the old connection holds belongs to the saved machine: the host has it, or says it again to the clone.
         while self.host_reads(1 << 16) > 0 {}
-        let SlotState::Console { device, .. } = self.slot.state() else { unreachable!() };
+        let SlotState::Console { device, .. } = self.slot.state() else {
+            unreachable!()
+        };
         self.written = self.received_by_guest + device.to_guest.len();
         let (slot, host) = restored(&self.slot, &self.memory);
         (self.slot, self.host) = (slot, host);

@@ -63,12 +63,19 @@ fn a_queue_cannot_be_moved_under_a_running_device_and_a_reset_forgets_it() {
     let memory = Memory::new();
     let slot = entropy(&memory);
     let _driver = Driver::new(&slot, 0, true, 1, 16);
-    let SlotState::Entropy { transport: before } = slot.state() else { unreachable!() };
+    let SlotState::Entropy { transport: before } = slot.state() else {
+        unreachable!()
+    };
     set_up(&slot, 0, 4, 0x4000);
     set(&slot, 0x020, u32::MAX);
-    let SlotState::Entropy { transport: after } = slot.state() else { unreachable!() };
+    let SlotState::Entropy { transport: after } = slot.state() else {
+        unreachable!()
+    };
     // The selectors are registers of their own.
-    assert_eq!(format!("{before:?}").split("queues").nth(1), format!("{after:?}").split("queues").nth(1));
+    assert_eq!(
+        format!("{before:?}").split("queues").nth(1),
+        format!("{after:?}").split("queues").nth(1)
+    );
     set(&slot, STATUS, 0);
     assert_eq!(get(&slot, 0x044), 0);
     assert_eq!(get(&slot, STATUS), 0);
@@ -143,8 +150,13 @@ fn configuration_is_read_at_any_width_and_place() {
     let disk = tempfile::NamedTempFile::new().unwrap();
     disk.as_file().set_len(0x1234 * 512).unwrap();
     let backend = crate::devices::virtio::block::FileBackend::open(disk.path(), true).unwrap();
-    let slot =
-        Slot::new(SlotBackend::Block(backend, disk.path().into()), 2, memory.guest.clone(), line()).unwrap();
+    let slot = Slot::new(
+        SlotBackend::Block(backend, disk.path().into()),
+        2,
+        memory.guest.clone(),
+        line(),
+    )
+    .unwrap();
     let read = |offset, width| {
         let mut bytes = vec![0xee; width];
         slot.read(offset, &mut bytes);
