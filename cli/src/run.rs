@@ -90,7 +90,9 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         },
     )?;
 
-    let deadline = options.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    let deadline = options
+        .timeout
+        .and_then(|timeout| Instant::now().checked_add(timeout));
     let mut interrupts = 0;
     let mut timed_out = false;
     let mut interrupted = |wake: Wake| match wake {

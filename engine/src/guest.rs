@@ -48,7 +48,10 @@ impl GuestFiles {
     fn find_in(directories: &[PathBuf]) -> Result<Self, EngineError> {
         let find = |name, what| {
             let looked: Vec<PathBuf> = directories.iter().map(|directory| directory.join(name)).collect();
-            match looked.iter().find_map(|path| path.canonicalize().ok().filter(|path| path.is_file())) {
+            match looked
+                .iter()
+                .find_map(|path| path.canonicalize().ok().filter(|path| path.is_file()))
+            {
                 // Canonical, so that whoever finds the same file by another way finds the same template.
                 Some(path) => Ok(path),
                 None => Err(EngineError::NoGuest { what, looked }),

@@ -166,7 +166,11 @@ impl Store {
         let path = self.templates_directory().join(&key);
         if path.exists() {
             match Template::open(&path) {
-                Err(error @ (TemplateError::Version { .. } | TemplateError::Foreign { .. })) => {
+                Err(
+                    error @ (TemplateError::Version { .. }
+                    | TemplateError::Protocol { .. }
+                    | TemplateError::Foreign { .. }),
+                ) => {
                     progress(TemplateProgress::Replacing {
                         reason: error.to_string(),
                     });
@@ -178,7 +182,11 @@ impl Store {
         // Somebody else may have built it while this waited.
         match Template::open(&path) {
             Err(TemplateError::Io { .. }) if !path.exists() => {}
-            Err(TemplateError::Version { .. } | TemplateError::Foreign { .. }) => store::remove(&path)?,
+            Err(
+                TemplateError::Version { .. }
+                | TemplateError::Protocol { .. }
+                | TemplateError::Foreign { .. },
+            ) => store::remove(&path)?,
             opened => return Ok(opened?),
         }
         self.build_template(spec, &guest, path, progress)

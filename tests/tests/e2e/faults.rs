@@ -44,8 +44,11 @@ fn a_user_who_may_not_use_kvm_is_told_so() {
     std::fs::copy(picovm_tests::binary(), at("tree/bin/true")).unwrap();
     std::fs::copy(crate::guest().kernel, at("guest/vmlinux")).unwrap();
     std::fs::copy(crate::guest().initramfs, at("guest/initramfs.cpio")).unwrap();
-    let built =
-        picovm_tests::picovm_in(&at("store")).args(["image", "build", "tiny"]).arg(at("tree")).output().unwrap();
+    let built = picovm_tests::picovm_in(&at("store"))
+        .args(["image", "build", "tiny"])
+        .arg(at("tree"))
+        .output()
+        .unwrap();
     assert!(built.status.success(), "{}", stderr(&built));
 
     let script = "chmod -R go+rwX \"$PICOVM_HOME/..\" && chmod 600 \"$KVM\" && mount --bind \"$KVM\" /dev/kvm && \

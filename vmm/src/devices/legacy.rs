@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{I8042Device, Serial, Trigger};
 
-use super::bus::InterruptLine;
+use super::interrupt::InterruptLine;
 use crate::arch::layout::SERIAL_PORT;
 
 const SERIAL_END: u16 = SERIAL_PORT + 8;

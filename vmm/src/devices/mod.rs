@@ -16,6 +16,7 @@
 //! The guest is hostile: whatever it does to a device is an error of that device, never a panic.
 
 pub mod bus;
+pub mod interrupt;
 pub mod legacy;
 pub mod trap;
 pub mod virtio;

@@ -283,3 +283,175 @@ fn record(directory: &Path, verified: Option<&Verified>) {
         let _ = file.persist(directory.join(VERIFIED));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::legacy::PortsState;
+    use crate::devices::trap::TrapState;
+    use crate::template::format::{FORMAT_VERSION, FileRecord};
+    use crate::vcpu::VcpuState;
+    use crate::vm::VmState;
+    use proptest::prelude::*;
+    use std::os::unix::fs::FileExt;
+
+    const MIB: u64 = 32;
+
+    fn state() -> MachineState {
+        let vcpu = VcpuState {
+            tsc_khz: 1,
+            cpuid: vec![Default::default(); 2],
+            msrs: vec![crate::vcpu::Msr { index: 1, value: 2 }],
+            regs: Default::default(),
+            sregs: Default::default(),
+            xsave: Default::default(),
+            xcrs: Default::default(),
+            debug: Default::default(),
+            lapic: Default::default(),
+            events: Default::default(),
+            mp_state: Default::default(),
+        };
+        MachineState {
+            memory_mib: MIB,
+            vm: VmState {
+                irqchips: vec![Default::default()],
+                clock: Default::default(),
+            },
+            vcpus: vec![vcpu],
+            slots: Vec::new(),
+            trap: TrapState {
+                identity_pages: vec![0x1000],
+            },
+            ports: PortsState::default(),
+        }
+    }
+
+    /// A template as freezing writes it, of a machine that never was; `content` is at the start of its memory.
+    fn write(directory: &Path, content: &[u8], change: impl FnOnce(&mut Metadata)) {
+        let memory = File::create(directory.join(MEMORY)).unwrap();
+        memory.set_len(MIB << 20).unwrap();
+        memory.write_all_at(content, 0).unwrap();
+        let state = postcard::to_stdvec(&state()).unwrap();
+        fs::write(directory.join(STATE), &state).unwrap();
+        let mut metadata = Metadata {
+            format: FORMAT_VERSION,
+            protocol: picovm_guest_protocol::PROTOCOL_VERSION,
+            created: 0,
+            memory_mib: MIB,
+            vcpus: 1,
+            processor: Processor {
+                vendor: String::new(),
+                signature: 0,
+                features: [0; 8],
+            },
+            memory: FileRecord {
+                bytes: MIB << 20,
+                checksum: checksum::of_memory(&File::open(directory.join(MEMORY)).unwrap(), MIB << 20)
+                    .unwrap(),
+            },
+            memory_data_bytes: 0,
+            state: FileRecord {
+                bytes: state.len() as u64,
+                checksum: checksum::of(&state),
+            },
+            notes: Default::default(),
+        };
+        change(&mut metadata);
+        fs::write(directory.join(METADATA), format::encode(&metadata).unwrap()).unwrap();
+    }
+
+    /// What is damaged; `None` if opening got as far as this host's KVM and processor.
+    fn damage(directory: &Path) -> Option<String> {
+        match Template::open(directory).unwrap_err() {
+            TemplateError::Damaged { reason, .. } => Some(reason),
+            TemplateError::Foreign { .. } | TemplateError::Machine(MachineError::Vm(_)) => None,
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn a_memory_file_that_changed_after_it_was_verified_is_compared_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        write(path, b"memory", |_| {});
+        assert_eq!(damage(path), None);
+        assert!(path.join(VERIFIED).exists());
+        // The time of a change is that of a tick of the kernel.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let memory = File::options().write(true).open(path.join(MEMORY)).unwrap();
+        memory.write_all_at(b"M", 0).unwrap();
+        assert!(damage(path).unwrap().contains("memory does not match"));
+        memory.write_all_at(b"m", 0).unwrap();
+        assert_eq!(damage(path), None);
+    }
+
+    #[test]
+    fn a_memory_file_verified_for_another_template_is_compared_again() {
+        let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        write(one.path(), b"one", |_| {});
+        write(other.path(), b"other", |_| {});
+        assert_eq!(damage(one.path()), None);
+        for file in [METADATA, STATE] {
+            fs::copy(other.path().join(file), one.path().join(file)).unwrap();
+        }
+        assert!(damage(one.path()).unwrap().contains("memory does not match"));
+    }
+
+    #[test]
+    fn sizes_that_no_machine_has_are_damage() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        write(path, b"", |metadata| metadata.vcpus = 2);
+        assert!(damage(path).unwrap().contains("vCPUs"));
+        for mib in [0, MIB + 1, 1 << 44, u64::MAX] {
+            write(path, b"", |metadata| metadata.memory_mib = mib);
+            assert!(damage(path).unwrap().contains("size of the memory"));
+        }
+        write(path, b"", |_| {});
+        File::options()
+            .write(true)
+            .open(path.join(MEMORY))
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
+        assert!(damage(path).unwrap().contains("has 1048576 bytes"));
+    }
+
+    #[test]
+    fn another_guest_protocol_is_told_as_such() {
+        let directory = tempfile::tempdir().unwrap();
+        write(directory.path(), b"", |metadata| metadata.protocol += 1);
+        let error = Template::open(directory.path()).unwrap_err();
+        assert!(matches!(error, TemplateError::Protocol { .. }), "{error}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+        #[test]
+        fn arbitrary_metadata_is_an_error(bytes in prop::collection::vec(any::<u8>(), 0..512)) {
+            prop_assert!(format::decode(&bytes, Path::new("t")).is_err());
+        }
+
+        /// Lengths among the bytes promise up to 2^64 elements: decoding allocates no more than what is there.
+        #[test]
+        fn an_arbitrary_state_is_decoded_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..4096)) {
+            let _ = postcard::from_bytes::<MachineState>(&bytes);
+        }
+
+        #[test]
+        fn a_changed_state_is_decoded_or_refused(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+            cut in any::<prop::sample::Index>(),
+            from_the_start: bool,
+        ) {
+            let mut bytes = postcard::to_stdvec(&state()).unwrap();
+            for (at, value) in changes {
+                let at = at.index(if from_the_start { 64 } else { bytes.len() });
+                bytes[at] = value;
+            }
+            let _ = postcard::from_bytes::<MachineState>(&bytes);
+            let _ = postcard::from_bytes::<MachineState>(&bytes[..cut.index(bytes.len())]);
+        }
+    }
+}

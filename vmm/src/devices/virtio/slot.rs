@@ -11,7 +11,7 @@ use super::console::{Console, ConsoleState, StreamBackend};
 use super::entropy::Entropy;
 use super::transport::{Transport, TransportState};
 use super::{Device, DeviceError};
-use crate::devices::bus::InterruptLine;
+use crate::devices::interrupt::InterruptLine;
 
 /// Saved state of a slot: the transport's, the device's, and where to find its backend again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

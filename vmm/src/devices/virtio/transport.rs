@@ -8,7 +8,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::{Device, DeviceError};
-use crate::devices::bus::InterruptLine;
+use crate::devices::interrupt::InterruptLine;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::devices::bus::InterruptLine;
+use crate::devices::interrupt::InterruptLine;
 use crate::devices::virtio::slot::Slot;
 
 /// Bytes of guest memory.
