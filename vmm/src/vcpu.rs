@@ -44,6 +44,8 @@ pub enum VcpuError {
 const MSR_TSC: u32 = 0x10;
 /// Deadline of the local APIC timer: only valid once the counter and the APIC are set.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// A rate of the time stamp counter that differs by less than one part of so many is taken for the same.
+const TSC_TOLERANCE: u32 = 500;
 /// Most registers per ioctl.
 const MSRS_AT_ONCE: usize = 128;
 
@@ -214,11 +216,14 @@ pub fn load(vcpu: &VcpuFd, index: u8, state: &VcpuState) -> Result<(), VcpuError
     ioctl(index, "load the CPUID", vcpu.set_cpuid2(&cpuid))?;
     // The guest has measured the rate and never does again. KVM scales where this host's differs by more than 250 ppm.
     if state.tsc_khz != 0 {
-        ioctl(
-            index,
-            "load the rate of the time stamp counter",
-            vcpu.set_tsc_khz(state.tsc_khz),
-        )?;
+        let here = vcpu.get_tsc_khz().unwrap_or(0);
+        let near = here.abs_diff(state.tsc_khz) <= here / TSC_TOLERANCE;
+        match vcpu.set_tsc_khz(state.tsc_khz) {
+            // Without scaling, KVM refuses what is slower than the processor by more than 250 ppm. So much lies
+            // between two measurements of the same processor by its kernel, too, and the guest's clock can bear it.
+            Err(_) if near => {}
+            set => ioctl(index, "load the rate of the time stamp counter", set)?,
+        }
     }
     ioctl(index, "load the run state", vcpu.set_mp_state(state.mp_state))?;
     ioctl(index, "load the registers", vcpu.set_regs(&state.regs))?;

@@ -8,6 +8,23 @@ use std::thread;
 
 use anyhow::{Context, Result};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::thread::{CpuSet, sched_getaffinity};
+
+/// The one processor on which all helpers of this runner run.
+///
+/// QEMU translates an emulated machine that it runs on one thread without memory barriers, for within that thread there
+/// is nothing to order. virtiofsd and QEMU's own device threads look at the queues in its memory from outside, though:
+/// on another processor they and the emulated kernel can each miss what the other has just written (store before load,
+/// the one reordering that x86 does). The notification is then lost, and a read of a file never returns. On one
+/// processor that cannot happen. Runners are spread by their process number.
+fn common_cpu() -> Option<CpuSet> {
+    let allowed = sched_getaffinity(None).ok()?;
+    let usable: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
+    let runner = usize::try_from(std::process::id()).ok()?;
+    let mut one = CpuSet::new();
+    one.set(*usable.get(runner.checked_rem(usable.len())?)?);
+    Some(one)
+}
 
 /// A running helper. Dropping it kills and reaps it.
 pub struct Helper {
@@ -31,6 +48,7 @@ impl Helper {
     ) -> Result<Self> {
         let program = command.get_program().to_owned();
         let runner = rustix::process::getpid();
+        let cpu = common_cpu();
         let numbers: Vec<_> = inherit.iter().map(|fd| fd.as_raw_fd()).collect();
         command
             .stdin(Stdio::null())
@@ -46,6 +64,9 @@ impl Helper {
                 // The runner may have died before the line above.
                 if rustix::process::getppid() != Some(runner) {
                     return Err(io::Error::other("the runner has ended"));
+                }
+                if let Some(cpu) = &cpu {
+                    rustix::thread::sched_setaffinity(None, cpu)?;
                 }
                 for number in &numbers {
                     let fd = BorrowedFd::borrow_raw(*number);

@@ -9,7 +9,7 @@ fn with(preparation: &str) -> std::process::Output {
     template();
     let script = format!("{preparation} && exec \"$0\" run debian true");
     Command::new("unshare")
-        .args(["--mount", "sh", "-c", &script])
+        .args(["--mount", "sh", "-c", script])
         .arg(picovm_tests::binary())
         .env("PICOVM_HOME", store().path())
         .output()
@@ -57,7 +57,7 @@ fn a_user_who_may_not_use_kvm_is_told_so() {
     let forbidden = at("forbidden");
     std::fs::write(&forbidden, "").unwrap();
     let output = Command::new("unshare")
-        .args(["--mount", "sh", "-c", &script])
+        .args(["--mount", "sh", "-c", script])
         .arg(&binary)
         .env("PICOVM_HOME", at("store"))
         .env("KVM", &forbidden)
