@@ -19,6 +19,9 @@ const OWN_ERROR: u8 = 125;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     log(cli.verbose);
+    if !matches!(cli.command, Command::Run(_)) {
+        end_with_the_reader();
+    }
     let result = match cli.command {
         Command::Run(options) => run::run(&options),
         Command::Image(command) => image::image(&command),
@@ -33,6 +36,14 @@ fn main() -> ExitCode {
         eprintln!("picovm: {error:#}");
         ExitCode::from(OWN_ERROR)
     })
+}
+
+/// `picovm image ls | head` ends silently, as other commands do. `run` handles a closed pipe itself.
+fn end_with_the_reader() {
+    // SAFETY: before any thread or handler; it only puts the default action back, which Rust replaces at start.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
 }
 
 fn log(verbose: u8) {

@@ -183,6 +183,7 @@ impl Machine {
             &config.cmdline(),
             config.vcpus,
         )?;
+        tracing::info!(kernel = %config.kernel.display(), entry = entry.0, "kernel and boot data loaded");
         let log = match &config.console_log {
             Some(path) => Some(File::create(path).map_err(|source| MachineError::ConsoleLog {
                 path: path.clone(),
@@ -206,6 +207,7 @@ impl Machine {
             .map(|(index, backend)| Slot::new(backend, index, memory.clone(), line(&vm, index)))
             .collect::<Result<Vec<_>, _>>()?;
 
+        tracing::info!("VM and devices made");
         let supported = vm::supported_cpuid(&kvm)?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {

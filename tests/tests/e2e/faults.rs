@@ -9,7 +9,7 @@ fn with(preparation: &str) -> std::process::Output {
     template();
     let script = format!("{preparation} && exec \"$0\" run debian true");
     Command::new("unshare")
-        .args(["--mount", "sh", "-c", script])
+        .args(["--mount", "sh", "-c", &script])
         .arg(picovm_tests::binary())
         .env("PICOVM_HOME", store().path())
         .output()

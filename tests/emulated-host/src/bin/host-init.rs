@@ -84,6 +84,21 @@ fn host() -> Result<()> {
     outcome.map(drop)
 }
 
+/// Waits until the kernel has measured its time stamp counter for good and switched to it, some 2 s after its start.
+///
+/// KVM notes the rate when it is loaded, and the clock of a guest that runs over the switch stood still for 8 s in one
+/// start of ten. A kernel that keeps another clock is not waited for much longer.
+fn wait_for_clock() {
+    const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(4) {
+        match fs::read_to_string(CLOCK) {
+            Ok(clock) if clock.trim() == "tsc-early" => thread::sleep(Duration::from_millis(10)),
+            _ => return,
+        }
+    }
+}
+
 fn open_ports() -> Result<Ports> {
     // The driver makes the ports when the device tells it of them, some milliseconds after the kernel starts us.
     let begun = Instant::now();
@@ -115,6 +130,7 @@ fn serve(spec: Spec, ports: Ports) -> Result<u8> {
     scratch_root(&index, &modules)?;
     mount_kernel_file_systems()?;
     let release = provide_modules(&modules)?;
+    wait_for_clock();
     for module in ["kvm", "kvm_amd"] {
         index.insert(&modules, module, "")?;
     }
