@@ -1,22 +1,22 @@
 //! Cold boots: to the freeze point, by phase, and beside Firecracker with the same kernel.
 
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use picovm_vmm::machine::Machine;
 use picovm_vmm::{Disk, FreezeOptions, MachineConfig, Outcome, Template};
 
+use crate::process;
 use crate::report::{Report, Unit};
-use crate::rounds::{self, Probe, Selection};
+use crate::rounds::{self, Probe, Selection, ms};
 use crate::workspace::Workspace;
 
 /// Memory of every machine that is measured, in MiB.
 pub const MEMORY_MIB: u64 = 128;
 /// A boot that takes longer has gone wrong.
-const BOOT_MAX: Duration = Duration::from_secs(120);
+const BOOT_MAX: Duration = Duration::from_secs(10);
 const DISCARDED: u32 = 2;
 /// First argument of this program as a process that boots a machine and ends with it.
 const BOOT_AND_EXIT: &str = "boot-and-exit";
@@ -36,11 +36,6 @@ fn with_image(mut config: MachineConfig, image: &Path) -> MachineConfig {
         read_only: true,
     }];
     config
-}
-
-/// Milliseconds from one moment to another.
-pub fn ms(from: Instant, to: Instant) -> f64 {
-    to.duration_since(from).as_secs_f64() * 1e3
 }
 
 /// A machine at its freeze point and when it was what.
@@ -175,38 +170,15 @@ pub fn measure(
 
 /// From spawning a process to having its exit status.
 fn to_exit(command: &mut Command) -> anyhow::Result<f64> {
-    command.stdin(Stdio::null()).stdout(Stdio::null());
-    let start = Instant::now();
-    let status = command
-        .status()
-        .with_context(|| format!("cannot start {command:?}"))?;
-    let end = Instant::now();
-    if !status.success() {
-        bail!("{command:?} ended with {status}");
-    }
-    Ok(ms(start, end))
+    Ok(process::watch(command, |_| false)?.exit)
 }
 
-/// From spawning a process to reading a line with `words` from it; it is then waited for.
+/// From spawning a process to reading a line with `words` from it.
 fn to_line(command: &mut Command, words: &str) -> anyhow::Result<f64> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let start = Instant::now();
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("cannot start {command:?}"))?;
-    let stdout = child.stdout.take().context("a child has no standard output")?;
-    let mut reached = None;
-    for line in BufReader::new(stdout).lines() {
-        if reached.is_none() && line?.contains(words) {
-            reached = Some(Instant::now());
-        }
-    }
-    let status = child.wait()?;
-    if !status.success() {
-        bail!("{command:?} ended with {status}");
-    }
-    let reached = reached.with_context(|| format!("{command:?} never said '{words}'"))?;
-    Ok(ms(start, reached))
+    let has_words = |output: &[u8]| String::from_utf8_lossy(output).contains(words);
+    process::watch(command, has_words)?
+        .mark
+        .with_context(|| format!("{command:?} never said '{words}'"))
 }
 
 fn own_process(workspace: &Workspace, initramfs: &Path, image: Option<&Path>) -> Command {

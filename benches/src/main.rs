@@ -7,6 +7,7 @@
 mod boot;
 mod guest;
 mod host;
+mod process;
 mod report;
 mod rounds;
 mod start;

@@ -43,6 +43,8 @@ pub struct Report {
     commit: Option<String>,
     /// Programs that are compared with, and what they say their version is.
     peers: BTreeMap<String, String>,
+    /// What failed and was done again.
+    pub failures: Vec<String>,
     /// The figures.
     pub measures: Vec<Measure>,
 }
@@ -60,6 +62,7 @@ impl Report {
                 .map(|version| ("firecracker".into(), version))
                 .into_iter()
                 .collect(),
+            failures: Vec::new(),
             measures: Vec::new(),
         })
     }
@@ -101,6 +104,12 @@ impl Report {
             table.push_str(&format!(
                 "{:<32} {:>12.digits$} {:>12.digits$} {:>5}  {unit}\n",
                 measure.name, measure.median, measure.p99, measure.n
+            ));
+        }
+        for failure in &self.failures {
+            table.push_str(&format!(
+                "failed and done again: {}\n",
+                failure.lines().next().unwrap_or_default()
             ));
         }
         table

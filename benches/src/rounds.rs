@@ -1,6 +1,6 @@
 //! Rounds: every probe of a group in turn, again and again, so that what drifts drifts for all of them alike.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -8,6 +8,34 @@ use crate::report::{Report, Unit};
 
 /// Lets what the last probe left behind (the teardown of a VM waits for grace periods) end before the next begins.
 const SETTLE: Duration = Duration::from_millis(50);
+
+/// How often a probe may fail in a run. What failed is told and done again: a guest that hangs once in hundreds of
+/// boots is to be seen in the report and not to cost all the other figures.
+const FAILURES_MAX: usize = 5;
+
+/// Milliseconds from one moment to another.
+pub fn ms(from: Instant, to: Instant) -> f64 {
+    to.duration_since(from).as_secs_f64() * 1e3
+}
+
+/// Does something, again if it fails, and notes each failure in the report.
+pub fn persist<T>(
+    what: &str,
+    report: &mut Report,
+    mut attempt: impl FnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    loop {
+        match attempt() {
+            Ok(value) => return Ok(value),
+            Err(error) if report.failures.len() < FAILURES_MAX => {
+                let failure = format!("{what}: {error:#}");
+                eprintln!("warning: done again: {failure}");
+                report.failures.push(failure);
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot measure {what}")),
+        }
+    }
+}
 
 /// Which measures are wanted.
 pub struct Selection {
@@ -22,7 +50,7 @@ impl Selection {
         }
     }
 
-    fn has(&self, name: &str) -> bool {
+    pub fn has(&self, name: &str) -> bool {
         self.prefixes.is_empty()
             || self
                 .prefixes
@@ -78,8 +106,9 @@ pub fn measure(
     for round in 0..discarded + rounds {
         for (probe, series) in probes.iter_mut().zip(&mut series) {
             std::thread::sleep(SETTLE);
-            let name = probe.measures.first().map_or("", |(name, _)| name);
-            let values = (probe.run)().with_context(|| format!("cannot measure {name}"))?;
+            let Probe { measures, run } = probe;
+            let name = measures.first().map_or("", |(name, _)| name);
+            let values = persist(name, report, run)?;
             if round >= discarded {
                 for (series, value) in series.iter_mut().zip(values) {
                     series.push(value);

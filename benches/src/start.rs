@@ -4,22 +4,24 @@
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
+use picovm_engine::Image;
 use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, Identity, Stream};
 use picovm_vmm::machine::Machine;
 use picovm_vmm::{ForkOptions, Outcome, Template};
 
-use crate::boot::{self, MEMORY_MIB, ms};
+use crate::boot::{self, MEMORY_MIB};
+use crate::process;
 use crate::report::{Report, Unit};
-use crate::rounds::{self, Probe, Selection};
+use crate::rounds::{self, Probe, Selection, ms};
 use crate::workspace::{DISTRIBUTION, SMALL, Workspace};
 
 const DISCARDED: u32 = 5;
 /// A start that takes longer has gone wrong.
-const START_MAX: Duration = Duration::from_secs(60);
+const START_MAX: Duration = Duration::from_secs(10);
 const WORD: &str = "hello";
 
 /// Measures it all.
@@ -29,13 +31,9 @@ pub fn measure(
     rounds: u32,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let small = boot::build_template(workspace, &workspace.small.file, &workspace.path("small"))?;
+    let small = template(workspace, &workspace.small, "small", report)?;
     let distribution = match &workspace.distribution {
-        Some(image) => Some(boot::build_template(
-            workspace,
-            &image.file,
-            &workspace.path("distribution"),
-        )?),
+        Some(image) => Some(template(workspace, image, "distribution", report)?),
         None => None,
     };
     let mut probes = vec![
@@ -61,28 +59,29 @@ pub fn measure(
     rounds::measure("starts", probes, selection, (DISCARDED, rounds), report)
 }
 
-/// Spawns a process and reads what it writes: to the first byte, to its exit status.
+fn template(
+    workspace: &Workspace,
+    image: &Image,
+    name: &str,
+    report: &mut Report,
+) -> anyhow::Result<Template> {
+    rounds::persist("the template", report, || {
+        boot::build_template(workspace, &image.file, &workspace.path(name))
+    })
+}
+
+/// From spawning a process to the first byte that it writes, and to its exit status.
 fn process(command: &mut Command) -> anyhow::Result<[f64; 2]> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let start = Instant::now();
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("cannot start {command:?}"))?;
-    let mut stdout = child.stdout.take().context("a child has no standard output")?;
-    let mut bytes = [0u8; 64];
-    let count = stdout.read(&mut bytes)?;
-    let first = Instant::now();
-    let mut output = bytes.get(..count).unwrap_or_default().to_vec();
-    stdout.read_to_end(&mut output)?;
-    let status = child.wait()?;
-    let end = Instant::now();
-    if !status.success() || output.trim_ascii_end() != WORD.as_bytes() {
-        bail!(
-            "{command:?} ended with {status} and wrote {:?}",
-            String::from_utf8_lossy(&output)
-        );
+    let watched = process::watch(command, |output| !output.is_empty())?;
+    check_output(&watched.output)?;
+    Ok([watched.mark.context("it wrote nothing")?, watched.exit])
+}
+
+fn check_output(output: &[u8]) -> anyhow::Result<()> {
+    if output.trim_ascii_end() != WORD.as_bytes() {
+        bail!("the output is {:?}", String::from_utf8_lossy(output));
     }
-    Ok([ms(start, first), ms(start, end)])
+    Ok(())
 }
 
 fn run_probe<'a>(workspace: &'a Workspace, image: &'static str) -> Probe<'a> {
@@ -142,11 +141,9 @@ fn fork(template: &Template) -> anyhow::Result<[f64; 5]> {
         .with_context(|| format!("a clone did not answer; its console:\n{}", clone.console_tail()))?;
     let exits = clone.exits();
     let owned = owned_pages()?;
-    if exit != ContainerExit::Code(0) || output.trim_ascii_end() != WORD.as_bytes() {
-        bail!(
-            "a clone ended with {exit:?} and wrote {:?}",
-            String::from_utf8_lossy(&output)
-        );
+    check_output(&output)?;
+    if exit != ContainerExit::Code(0) {
+        bail!("a container ended with {exit:?}");
     }
     end_of(&mut clone)?;
     Ok([
