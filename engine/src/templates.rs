@@ -119,6 +119,14 @@ impl std::fmt::Display for TemplateProgress {
     }
 }
 
+/// Whether a template is whole, but of no use to this picovm on this host, so that building it again is the cure.
+fn is_outdated(error: &TemplateError) -> bool {
+    matches!(
+        error,
+        TemplateError::Version { .. } | TemplateError::Protocol { .. } | TemplateError::Foreign { .. }
+    )
+}
+
 /// A template of the store, by its metadata alone.
 #[derive(Debug)]
 pub struct StoredTemplate {
@@ -166,11 +174,7 @@ impl Store {
         let path = self.templates_directory().join(&key);
         if path.exists() {
             match Template::open(&path) {
-                Err(
-                    error @ (TemplateError::Version { .. }
-                    | TemplateError::Protocol { .. }
-                    | TemplateError::Foreign { .. }),
-                ) => {
+                Err(error) if is_outdated(&error) => {
                     progress(TemplateProgress::Replacing {
                         reason: error.to_string(),
                     });
@@ -182,11 +186,7 @@ impl Store {
         // Somebody else may have built it while this waited.
         match Template::open(&path) {
             Err(TemplateError::Io { .. }) if !path.exists() => {}
-            Err(
-                TemplateError::Version { .. }
-                | TemplateError::Protocol { .. }
-                | TemplateError::Foreign { .. },
-            ) => store::remove(&path)?,
+            Err(error) if is_outdated(&error) => store::remove(&path)?,
             opened => return Ok(opened?),
         }
         self.build_template(spec, &guest, path, progress)

@@ -256,52 +256,34 @@ fn two_vcpus_are_two_processors() {
     assert_eq!(stdout(&output), "2\nsecond", "{}", stderr(&output));
 }
 
+/// What the kernel of a container with so much memory says it has, in KiB.
+fn memory_of_a_container(memory: &str) -> u64 {
+    let script = "grep MemTotal /proc/meminfo";
+    let output = picovm(&["run", "-m", memory, "debian", "sh", "-c", script])
+        .output()
+        .unwrap();
+    let text = stdout(&output);
+    let kib = text
+        .split_whitespace()
+        .nth(1)
+        .unwrap_or_else(|| panic!("no size: {}", stderr(&output)));
+    kib.parse().unwrap()
+}
+
 #[test]
 fn eight_vcpus_and_the_smallest_memory_both_work() {
     let output = picovm(&["run", "--cpus", "8", "debian", "nproc"])
         .output()
         .unwrap();
     assert_eq!(stdout(&output), "8", "{}", stderr(&output));
-    let output = picovm(&[
-        "run",
-        "-m",
-        "32m",
-        "debian",
-        "sh",
-        "-c",
-        "grep MemTotal /proc/meminfo",
-    ])
-    .output()
-    .unwrap();
-    let kib: u64 = stdout(&output)
-        .split_whitespace()
-        .nth(1)
-        .expect("a size")
-        .parse()
-        .unwrap();
-    assert!((16_000..32_768).contains(&kib), "{}", stdout(&output));
+    let kib = memory_of_a_container("32m");
+    assert!((16_000..32_768).contains(&kib), "{kib} KiB");
 }
 
 #[test]
 fn memory_above_the_hole_of_the_32_bit_devices_is_there() {
-    let output = picovm(&[
-        "run",
-        "-m",
-        "4g",
-        "debian",
-        "sh",
-        "-c",
-        "grep MemTotal /proc/meminfo",
-    ])
-    .output()
-    .unwrap();
-    let kib: u64 = stdout(&output)
-        .split_whitespace()
-        .nth(1)
-        .expect("a size")
-        .parse()
-        .unwrap();
-    assert!(kib > 3_500_000, "{}", stdout(&output));
+    let kib = memory_of_a_container("4g");
+    assert!(kib > 3_500_000, "{kib} KiB");
 }
 
 #[test]

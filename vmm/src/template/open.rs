@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::checksum;
-use super::format::{self, MEMORY, METADATA, Metadata, SMALL_FILE_MAX, STATE, TemplateError, VERIFIED};
+use super::format::{
+    self, FileRecord, MEMORY, METADATA, Metadata, SMALL_FILE_MAX, STATE, TemplateError, VERIFIED,
+};
 use crate::arch::cpuid::Processor;
 use crate::arch::layout;
 use crate::machine::{Backends, Machine, MachineError, MachineState};
@@ -105,11 +107,7 @@ impl Template {
         }
         let verified = Verified::of(&file, &metadata.memory.checksum);
         if verified.is_none() || recorded(directory) != verified {
-            let sum = checksum::of_memory(&file, metadata.memory.bytes)
-                .map_err(TemplateError::io("read", &path))?;
-            if sum != metadata.memory.checksum {
-                return Err(damaged(format!("{MEMORY} does not match its checksum")));
-            }
+            compare_memory(directory, &file, &metadata.memory)?;
             // The file that was read, and as it was before: what was written to it meanwhile is not vouched for.
             if verified == Verified::of(&file, &metadata.memory.checksum) {
                 record(directory, verified.as_ref());
@@ -172,16 +170,7 @@ impl Template {
     /// # Errors
     /// [`TemplateError::Io`], [`TemplateError::Damaged`].
     pub fn verify_memory(&self) -> Result<(), TemplateError> {
-        let sum = checksum::of_memory(&self.memory, self.metadata.memory.bytes)
-            .map_err(TemplateError::io("read", &self.path.join(MEMORY)))?;
-        if sum == self.metadata.memory.checksum {
-            Ok(())
-        } else {
-            Err(TemplateError::damaged(
-                &self.path,
-                format!("{MEMORY} does not match its checksum"),
-            ))
-        }
+        compare_memory(&self.path, &self.memory, &self.metadata.memory)
     }
 
     /// Forks a clone. It stands at the freeze point with its identity written; [`Machine::start`] lets it run.
@@ -220,6 +209,20 @@ impl Template {
                 .map_err(|_| TemplateError::IdentityArea { address: *address })?;
         }
         Ok(())
+    }
+}
+
+/// Compares a memory file with what the template of `directory` says of it.
+fn compare_memory(directory: &Path, memory: &File, record: &FileRecord) -> Result<(), TemplateError> {
+    let sum = checksum::of_memory(memory, record.bytes)
+        .map_err(TemplateError::io("read", &directory.join(MEMORY)))?;
+    if sum == record.checksum {
+        Ok(())
+    } else {
+        Err(TemplateError::damaged(
+            directory,
+            format!("{MEMORY} does not match its checksum"),
+        ))
     }
 }
 
