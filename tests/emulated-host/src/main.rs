@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use emulated_host::kernel::Kernel;
 use emulated_host::runner::{self, Options};
 
 /// Runs COMMAND inside an emulated KVM host.
@@ -36,13 +37,17 @@ struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
 
+    /// Only get the host's kernel (downloaded once, about 35 MB) ready for later runs, and end.
+    #[arg(long, conflicts_with = "command")]
+    prepare: bool,
+
     /// Print timings; twice: also the host's console.
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
 
     /// The command and its arguments.
     #[arg(
-        required = true,
+        required_unless_present = "prepare",
         trailing_var_arg = true,
         allow_hyphen_values = true,
         value_name = "COMMAND"
@@ -61,6 +66,10 @@ fn main() {
             0
         });
     });
+    if arguments.prepare {
+        let prepared = Kernel::get().map(|kernel| println!("{}", kernel.dir().display()));
+        std::process::exit(status(prepared.map(|()| 0)).into());
+    }
     let options = Options {
         memory: arguments.memory,
         cpus: arguments.cpus,
@@ -71,9 +80,13 @@ fn main() {
         command: arguments.command,
         begun,
     };
-    let status = runner::run(options).unwrap_or_else(|error| {
+    std::process::exit(status(runner::run(options)).into());
+}
+
+/// The exit status; an error is told first.
+fn status(outcome: anyhow::Result<u8>) -> u8 {
+    outcome.unwrap_or_else(|error| {
         eprintln!("emulated host: {error:#}");
         runner::FAILED
-    });
-    std::process::exit(status.into());
+    })
 }

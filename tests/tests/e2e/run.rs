@@ -184,10 +184,9 @@ fn signal(child: &Child, signal: i32) {
     assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
 }
 
-/// Starts a script that says `up` first, and waits for that.
+/// Starts a script that says `up` when it is ready, and waits for that.
 fn up(script: &str) -> Child {
     template();
-    let script = format!("echo up; {script}");
     let mut child = spawn(&["run", "debian", "sh", "-c", &script]);
     let mut said = [0u8; 3];
     child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
@@ -196,14 +195,14 @@ fn up(script: &str) -> Child {
 
 #[test]
 fn ctrl_c_ends_the_container() {
-    let mut child = up("exec sleep 1000");
+    let mut child = up("echo up; exec sleep 1000");
     signal(&child, libc::SIGINT);
     assert_eq!(child.wait().unwrap().code(), Some(130));
 }
 
 #[test]
 fn a_container_can_handle_the_signals_that_it_is_sent() {
-    let child = up("trap 'echo stopping; exit 3' TERM; while :; do sleep 0.1; done");
+    let child = up("trap 'echo stopping; exit 3' TERM; echo up; while :; do sleep 0.1; done");
     signal(&child, libc::SIGTERM);
     let output = child.wait_with_output().unwrap();
     assert_eq!(stdout(&output), "stopping");
@@ -212,7 +211,7 @@ fn a_container_can_handle_the_signals_that_it_is_sent() {
 
 #[test]
 fn ctrl_c_three_times_ends_a_container_that_ignores_it() {
-    let mut child = up("trap '' INT; while :; do sleep 0.1; done");
+    let mut child = up("trap '' INT; echo up; while :; do sleep 0.1; done");
     for _ in 0..3 {
         assert_eq!(child.try_wait().unwrap(), None);
         signal(&child, libc::SIGINT);
