@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use picovm_vmm::machine::Machine;
-use picovm_vmm::{Disk, FreezeOptions, MachineConfig, Outcome, Template};
+use picovm_vmm::{Disk, ForkOptions, FreezeOptions, MachineConfig, Outcome, Template};
 
 use crate::process;
 use crate::report::{Report, Unit};
@@ -20,6 +20,8 @@ const BOOT_MAX: Duration = Duration::from_secs(2);
 const DISCARDED: u32 = 2;
 /// First argument of this program as a process that boots a machine and ends with it.
 const BOOT_AND_EXIT: &str = "boot-and-exit";
+/// Environment variable with which that process stops at the base freeze point.
+const STOP_AT_BASE: &str = "PICOVM_BENCH_STOP_AT_BASE";
 /// What that process says at the freeze point.
 const REACHED: &str = "freeze point reached";
 
@@ -31,10 +33,7 @@ fn config(kernel: &Path, initramfs: &Path) -> MachineConfig {
 }
 
 fn with_image(mut config: MachineConfig, image: &Path) -> MachineConfig {
-    config.disks = vec![Disk {
-        path: image.to_owned(),
-        read_only: true,
-    }];
+    config.disks = vec![Disk::read_only(image)];
     config
 }
 
@@ -96,6 +95,16 @@ pub fn measure(
     let mut beside = with_image(config(&workspace.kernel, &workspace.at_once_beside_init), image);
     beside.extra_cmdline = "rdinit=/at-once".into();
 
+    let base = MachineConfig {
+        stop_at_base: true,
+        ..real.clone()
+    };
+    let of_base = rounds::persist("the base", report, || {
+        let directory = workspace.path("base");
+        let mut booted = boot(&base)?;
+        Ok(booted.machine.freeze(&directory, &FreezeOptions::default())?)
+    })?;
+
     let directory = workspace.path("frozen");
     let freezing = || -> anyhow::Result<[f64; 5]> {
         let mut booted = boot(&real)?;
@@ -125,6 +134,18 @@ pub fn measure(
             ],
             freezing,
         ),
+        Probe::new([("boot_base", Unit::Ms)], || {
+            let booted = boot(&base)?;
+            Ok([ms(booted.start, booted.frozen)])
+        }),
+        Probe::new([("image_template", Unit::Ms)], || {
+            let start = Instant::now();
+            let mut clone = of_base.fork(ForkOptions::default())?;
+            let outcome = clone.run(Some(BOOT_MAX))?;
+            let end = Instant::now();
+            expect(&clone, outcome, &Outcome::FreezePoint)?;
+            Ok([ms(start, end)])
+        }),
         Probe::new([("boot_load", Unit::Ms), ("boot_kernel", Unit::Ms)], || {
             let booted = boot(&at_once)?;
             Ok([ms(booted.start, booted.loaded), ms(booted.start, booted.frozen)])
@@ -132,6 +153,10 @@ pub fn measure(
         Probe::new([("boot_initramfs", Unit::Ms)], || {
             let booted = boot(&beside)?;
             Ok([ms(booted.start, booted.frozen)])
+        }),
+        Probe::new([("boot_base_process", Unit::Ms)], || {
+            let mut command = own_process(workspace, &workspace.initramfs, Some(image));
+            Ok([to_line(command.env(STOP_AT_BASE, "1"), REACHED)?])
         }),
         Probe::new([("boot_freeze_process", Unit::Ms)], || {
             Ok([to_line(
@@ -209,11 +234,12 @@ pub fn as_process() -> Option<i32> {
 }
 
 fn boot_and_exit(paths: &[PathBuf]) -> anyhow::Result<()> {
-    let config = match paths {
+    let mut config = match paths {
         [kernel, initramfs] => config(kernel, initramfs),
         [kernel, initramfs, image] => with_image(config(kernel, initramfs), image),
         _ => bail!("usage: {BOOT_AND_EXIT} KERNEL INITRAMFS [IMAGE]"),
     };
+    config.stop_at_base = std::env::var_os(STOP_AT_BASE).is_some();
     let mut machine = Machine::boot(&config)?;
     let outcome = machine.run(Some(BOOT_MAX))?;
     if outcome == Some(Outcome::FreezePoint) {

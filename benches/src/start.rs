@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use picovm_engine::Image;
 use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, Identity, Stream};
 use picovm_vmm::machine::Machine;
-use picovm_vmm::{ForkOptions, Outcome, Template};
+use picovm_vmm::{ForkOptions, Outcome, Template, WorkingSet};
 
 use crate::boot::{self, MEMORY_MIB};
 use crate::process;
@@ -36,6 +36,12 @@ pub fn measure(
         Some(image) => Some(template(workspace, image, "distribution", report)?),
         None => None,
     };
+    let working_set = record(&small)?;
+    eprintln!(
+        "working set of a start: {} pages written, {} mapped to be read",
+        working_set.written_pages(),
+        working_set.read_pages()
+    );
     let mut probes = vec![
         Probe::new(
             [("process_first_byte", Unit::Ms), ("process_exit", Unit::Ms)],
@@ -50,6 +56,7 @@ pub fn measure(
         }),
         Probe::new([("fork_freeze_again", Unit::Ms)], || freeze_again(&small)),
         fork_probe(&small),
+        parked_probe(&small, &working_set),
         run_probe(workspace, SMALL),
     ];
     if let Some(template) = &distribution {
@@ -148,6 +155,64 @@ fn fork(template: &Template) -> anyhow::Result<[f64; 5]> {
     end_of(&mut clone)?;
     Ok([
         ms(start, forked),
+        ms(start, first),
+        ms(start, end),
+        (exits.port + exits.memory + exits.interrupted) as f64,
+        owned as f64,
+    ])
+}
+
+/// Runs one container and looks which pages it has touched.
+fn record(template: &Template) -> anyhow::Result<WorkingSet> {
+    let mut clone = template.fork(ForkOptions {
+        identity: identity()?.encode(template.identity_area())?,
+        ..ForkOptions::default()
+    })?;
+    let mut connection = clone
+        .take_connection()
+        .context("a clone has no control connection")?;
+    connection.set_read_timeout(Some(START_MAX))?;
+    clone.start()?;
+    listen(&mut connection)?;
+    Ok(clone.working_set()?)
+}
+
+fn parked_probe<'a>(template: &'a Template, working_set: &'a WorkingSet) -> Probe<'a> {
+    Probe::new(
+        [
+            ("prefault", Unit::Ms),
+            ("parked_first_byte", Unit::Ms),
+            ("parked_exit", Unit::Ms),
+            ("parked_exits", Unit::Exits),
+            ("parked_owned_pages", Unit::Pages),
+        ],
+        || parked(template, working_set),
+    )
+}
+
+/// Starts a container in a clone that was forked and prefaulted before.
+fn parked(template: &Template, working_set: &WorkingSet) -> anyhow::Result<[f64; 5]> {
+    let mut clone = template.fork(ForkOptions::default())?;
+    let mut connection = clone
+        .take_connection()
+        .context("a clone has no control connection")?;
+    connection.set_read_timeout(Some(START_MAX))?;
+    let forked = Instant::now();
+    clone.prefault(working_set)?;
+    let prefaulted = Instant::now();
+    std::thread::sleep(std::time::Duration::from_millis(5));
+
+    let start = Instant::now();
+    template.write_identity(&clone, &identity()?.encode(template.identity_area())?)?;
+    clone.start()?;
+    let (output, first, _, end) = listen(&mut connection)
+        .with_context(|| format!("a clone did not answer; its console:\n{}", clone.console_tail()))?;
+    let exits = clone.exits();
+    let owned = owned_pages()?;
+    check_output(&output)?;
+    end_of(&mut clone)?;
+    Ok([
+        ms(forked, prefaulted),
         ms(start, first),
         ms(start, end),
         (exits.port + exits.memory + exits.interrupted) as f64,

@@ -52,7 +52,7 @@ fn row(template: &StoredTemplate) -> Vec<String> {
     match &template.metadata {
         Ok(metadata) => vec![
             template.key.clone(),
-            template.image().unwrap_or("-").to_owned(),
+            template.image().unwrap_or("(base)").to_owned(),
             output::size(metadata.memory_mib << 20),
             metadata.vcpus.to_string(),
             output::size(metadata.memory_data_bytes),

@@ -1,10 +1,11 @@
 //! Connects a container's streams with descriptors of the host until it ends.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use picovm_guest_protocol::{ContainerExit, Stream};
+use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::container::Container;
@@ -59,6 +60,9 @@ pub enum Wake {
 
 /// Bytes that a write to a pipe takes without blocking once it polls as writable (`PIPE_BUF`).
 const ATOMIC: usize = 4096;
+
+/// Bytes that are taken from the connection at once.
+const RECEIVED_AT_ONCE: usize = 64 << 10;
 
 /// How long to wait at once for what a clone that has ended said last.
 const LAST_WORDS: Duration = Duration::from_millis(5);
@@ -127,6 +131,15 @@ impl Container {
     /// [`EngineError::Protocol`] and [`EngineError::Credit`] for an agent that misbehaves, [`EngineError::Host`].
     pub fn attach(
         mut self,
+        stdio: Stdio<'_>,
+        interrupted: &mut dyn FnMut(Wake) -> Option<Interruption>,
+    ) -> Result<ContainerExit, EngineError> {
+        self.serve(stdio, interrupted)
+    }
+
+    /// As [`Container::attach`], and leaves the clone to be looked at.
+    pub(crate) fn serve(
+        &mut self,
         stdio: Stdio<'_>,
         interrupted: &mut dyn FnMut(Wake) -> Option<Interruption>,
     ) -> Result<ContainerExit, EngineError> {
@@ -288,19 +301,21 @@ impl Container {
     }
 
     fn receive(&mut self) -> Result<(), EngineError> {
-        let mut bytes = [0u8; 64 << 10];
+        // Not an array: it would be filled with zeros, page by page, to receive a few bytes.
+        let mut bytes = Vec::with_capacity(RECEIVED_AT_ONCE);
         loop {
-            match self.connection.read(&mut bytes) {
+            bytes.clear();
+            match rustix::io::read(&self.connection, spare_capacity(&mut bytes)) {
                 Ok(0) => return Ok(()),
                 Ok(count) => {
-                    self.session.received(bytes.get(..count).unwrap_or_default());
-                    if count < bytes.len() {
+                    self.session.received(&bytes);
+                    if count < RECEIVED_AT_ONCE {
                         return Ok(());
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(EngineError::host("read from the clone")(error)),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return Ok(()),
+                Err(error) => return Err(EngineError::host("read from the clone")(error.into())),
             }
         }
     }

@@ -1,13 +1,21 @@
-//! Templates of the store: built from an image when first needed, found again by what they were built from.
+//! Templates of the store: built when first needed, found again by what they were built from.
+//!
+//! They have two depths. A *base* is a kernel and its init, before any image: booted once for each memory size and number
+//! of vCPUs. An *image* template is a clone of the base that has mounted the image, warmed up, and was frozen again.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use picovm_vmm::template::{FORMAT_VERSION, Metadata, partial_prefix};
-use picovm_vmm::{Disk, FreezeOptions, Machine, MachineConfig, Outcome, Template, TemplateError};
+use picovm_vmm::{
+    Disk, ForkOptions, FreezeOptions, Machine, MachineConfig, Outcome, Template, TemplateError, WorkingSet,
+};
 
+use crate::attach::{Interruption, Stdio};
+use crate::container::{Container, ContainerOptions};
 use crate::error::EngineError;
 use crate::guest::GuestFiles;
 use crate::images::Image;
@@ -15,6 +23,12 @@ use crate::store::{self, Lock, Store};
 
 /// How long a guest may take to its freeze point. It takes under a second on a real host.
 const BOOT_MAX: Duration = Duration::from_secs(120);
+/// How long the container may take that is run to see which pages a start touches.
+const TRY_MAX: Duration = Duration::from_secs(20);
+
+/// Sectors of 512 bytes of the disk that an image is, as every guest sees it: 1 TiB, so that one base serves images of all
+/// sizes. What is behind an image's end reads as zeros, and its file system knows where it ends.
+const IMAGE_SECTORS: u64 = 1 << 31;
 
 const NOTE_IMAGE: &str = "image";
 const NOTE_DIGEST: &str = "image-digest";
@@ -44,13 +58,13 @@ impl TemplateSpec {
         }
     }
 
-    /// What tells this template from others, as a name in the store.
-    fn key(&self, guest: &GuestFiles) -> Result<String, EngineError> {
+    /// What tells this template from others, as a name in the store; without `image`, its base.
+    fn key(&self, guest: &GuestFiles, image: Option<&Image>) -> Result<String, EngineError> {
         let text = format!(
             "{FORMAT_VERSION}/{}/{}/{}/{}/{}",
             picovm_guest_protocol::PROTOCOL_VERSION,
             guest.fingerprint()?,
-            self.image.digest,
+            image.map_or("base", |image| &image.digest),
             self.memory_mib,
             self.vcpus
         );
@@ -65,8 +79,8 @@ impl TemplateSpec {
 /// What building a template is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TemplateProgress {
-    /// Booting the parent.
-    Booting {
+    /// There is none yet.
+    Missing {
         /// The image's name.
         image: String,
         /// Memory in MiB.
@@ -74,10 +88,19 @@ pub enum TemplateProgress {
         /// vCPUs.
         vcpus: u8,
     },
-    /// Writing memory and state.
-    Freezing {
+    /// Booting the base.
+    Booting,
+    /// The base is booted and frozen.
+    Booted {
         /// What booting took.
         booted: Duration,
+        /// What freezing took.
+        frozen: Duration,
+    },
+    /// A clone of the base has mounted the image and warmed up; writing memory and state.
+    Freezing {
+        /// What that took.
+        prepared: Duration,
     },
     /// Done.
     Built {
@@ -96,16 +119,29 @@ pub enum TemplateProgress {
 impl std::fmt::Display for TemplateProgress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Booting {
+            Self::Missing {
                 image,
                 memory_mib,
                 vcpus,
             } => write!(
                 f,
-                "no template of {image} with {memory_mib} MiB and {vcpus} vCPU{} yet: booting one",
+                "no template of {image} with {memory_mib} MiB and {vcpus} vCPU{} yet: making one",
                 if *vcpus == 1 { "" } else { "s" }
             ),
-            Self::Freezing { booted } => write!(f, "booted in {} ms, freezing", booted.as_millis()),
+            Self::Booting => write!(f, "booting the kernel, once for all images"),
+            Self::Booted { booted, frozen } => write!(
+                f,
+                "booted in {} ms, frozen in {} ms",
+                booted.as_millis(),
+                frozen.as_millis()
+            ),
+            Self::Freezing { prepared } => {
+                write!(
+                    f,
+                    "image mounted and warmed up in {} ms, freezing",
+                    prepared.as_millis()
+                )
+            }
             Self::Built { took, data_bytes } => {
                 write!(
                     f,
@@ -127,6 +163,100 @@ fn is_outdated(error: &TemplateError) -> bool {
     )
 }
 
+type Report<'a> = dyn FnMut(TemplateProgress) + 'a;
+/// Makes a template at a path where there is none.
+type Make<'a> = dyn Fn(&Path, &mut Report<'_>) -> Result<Template, EngineError> + 'a;
+
+/// Boots a machine to its base freeze point and freezes it.
+fn boot_base(
+    spec: &TemplateSpec,
+    guest: &GuestFiles,
+    path: &Path,
+    progress: &mut Report<'_>,
+) -> Result<Template, EngineError> {
+    progress(TemplateProgress::Booting);
+    let start = Instant::now();
+    let mut config = MachineConfig::new(&guest.kernel);
+    config.initramfs = Some(guest.initramfs.clone());
+    config.memory_mib = spec.memory_mib;
+    config.vcpus = spec.vcpus;
+    config.stop_at_base = true;
+    // Any image: nothing of it is read before the base freeze point.
+    config.disks = vec![Disk {
+        sectors: Some(IMAGE_SECTORS),
+        ..Disk::read_only(&spec.image.file)
+    }];
+    let mut parent = Machine::boot(&config)?;
+    to_freeze_point(&mut parent)?;
+    let booted = start.elapsed();
+    let template = parent.freeze(path, &FreezeOptions::default())?;
+    progress(TemplateProgress::Booted {
+        booted,
+        frozen: start.elapsed().saturating_sub(booted),
+    });
+    Ok(template)
+}
+
+/// Forks a clone of the base that mounts the image, warms up, and is frozen.
+fn take_image(
+    base: &Template,
+    image: &Image,
+    path: &Path,
+    progress: &mut Report<'_>,
+) -> Result<Template, EngineError> {
+    let start = Instant::now();
+    let mut clone = base.fork(ForkOptions {
+        disks: vec![image.file.clone()],
+        ..ForkOptions::default()
+    })?;
+    to_freeze_point(&mut clone)?;
+    progress(TemplateProgress::Freezing {
+        prepared: start.elapsed(),
+    });
+    let notes = BTreeMap::from([
+        (NOTE_IMAGE.to_owned(), image.name.clone()),
+        (NOTE_DIGEST.to_owned(), image.digest.clone()),
+    ]);
+    let mut template = clone.freeze(path, &FreezeOptions { notes })?;
+    match try_a_start(&template) {
+        Ok(set) => template.record_working_set(set),
+        // An image without a shell, or a host without /proc: a template is as good without, only its pools are slower.
+        Err(error) => tracing::warn!(%error, "cannot record which pages a start touches"),
+    }
+    Ok(template)
+}
+
+/// Runs one container, to learn which pages a start touches.
+fn try_a_start(template: &Template) -> Result<WorkingSet, EngineError> {
+    let failed = EngineError::host("record which pages a start touches");
+    let null = match File::options().read(true).write(true).open("/dev/null") {
+        Ok(null) => null,
+        Err(error) => return Err(failed(error)),
+    };
+    let mut container = Container::start(template, &ContainerOptions::command(["sh", "-c", "echo"]))?;
+    let stdio = Stdio {
+        stdin: null.as_fd(),
+        stdout: null.as_fd(),
+        stderr: null.as_fd(),
+        wake: None,
+        deadline: Instant::now().checked_add(TRY_MAX),
+    };
+    container.serve(stdio, &mut |_| Some(Interruption::Kill(9)))?;
+    container.machine().working_set().map_err(failed)
+}
+
+fn to_freeze_point(machine: &mut Machine) -> Result<(), EngineError> {
+    let reason = match machine.run(Some(BOOT_MAX))? {
+        Some(Outcome::FreezePoint) => return Ok(()),
+        Some(outcome) => outcome.to_string(),
+        None => format!("it took longer than {} s", BOOT_MAX.as_secs()),
+    };
+    Err(EngineError::NotFrozen {
+        reason,
+        tail: machine.console_tail(),
+    })
+}
+
 /// A template of the store, by its metadata alone.
 #[derive(Debug)]
 pub struct StoredTemplate {
@@ -143,7 +273,7 @@ impl StoredTemplate {
         self.metadata.as_ref().ok()?.notes.get(name).map(String::as_str)
     }
 
-    /// Name of the image that it was built from.
+    /// Name of the image that it was built from; a base has none.
     #[must_use]
     pub fn image(&self) -> Option<&str> {
         self.note(NOTE_IMAGE)
@@ -170,8 +300,35 @@ impl Store {
         progress: &mut dyn FnMut(TemplateProgress),
     ) -> Result<Template, EngineError> {
         let guest = GuestFiles::find()?;
-        let key = spec.key(&guest)?;
-        let path = self.templates_directory().join(&key);
+        let key = spec.key(&guest, Some(&spec.image))?;
+        self.open_or_make(&key, progress, &|path, progress| {
+            progress(TemplateProgress::Missing {
+                image: spec.image.name.clone(),
+                memory_mib: spec.memory_mib,
+                vcpus: spec.vcpus,
+            });
+            let start = Instant::now();
+            let key = spec.key(&guest, None)?;
+            let base = self.open_or_make(&key, progress, &|path, progress| {
+                boot_base(spec, &guest, path, progress)
+            })?;
+            let template = take_image(&base, &spec.image, path, progress)?;
+            progress(TemplateProgress::Built {
+                took: start.elapsed(),
+                data_bytes: template.metadata().memory_data_bytes,
+            });
+            Ok(template)
+        })
+    }
+
+    /// Opens the template of this name, or has it made.
+    fn open_or_make(
+        &self,
+        key: &str,
+        progress: &mut Report<'_>,
+        make: &Make<'_>,
+    ) -> Result<Template, EngineError> {
+        let path = self.templates_directory().join(key);
         if path.exists() {
             match Template::open(&path) {
                 Err(error) if is_outdated(&error) => {
@@ -189,57 +346,9 @@ impl Store {
             Err(error) if is_outdated(&error) => store::remove(&path)?,
             opened => return Ok(opened?),
         }
-        self.build_template(spec, &guest, path, progress)
-    }
-
-    fn build_template(
-        &self,
-        spec: &TemplateSpec,
-        guest: &GuestFiles,
-        path: PathBuf,
-        progress: &mut dyn FnMut(TemplateProgress),
-    ) -> Result<Template, EngineError> {
         // A builder that was killed may have left something half-written; one that is alive would hold the lock.
         store::remove_leftovers(&self.templates_directory(), &partial_prefix(&path));
-        progress(TemplateProgress::Booting {
-            image: spec.image.name.clone(),
-            memory_mib: spec.memory_mib,
-            vcpus: spec.vcpus,
-        });
-        let start = Instant::now();
-        let mut config = MachineConfig::new(&guest.kernel);
-        config.initramfs = Some(guest.initramfs.clone());
-        config.memory_mib = spec.memory_mib;
-        config.vcpus = spec.vcpus;
-        config.disks = vec![Disk {
-            path: spec.image.file.clone(),
-            read_only: true,
-        }];
-        let mut parent = Machine::boot(&config)?;
-        let reason = match parent.run(Some(BOOT_MAX))? {
-            Some(Outcome::FreezePoint) => None,
-            Some(outcome) => Some(outcome.to_string()),
-            None => Some(format!("it took longer than {} s", BOOT_MAX.as_secs())),
-        };
-        if let Some(reason) = reason {
-            return Err(EngineError::NotFrozen {
-                reason,
-                tail: parent.console_tail(),
-            });
-        }
-        progress(TemplateProgress::Freezing {
-            booted: start.elapsed(),
-        });
-        let notes = BTreeMap::from([
-            (NOTE_IMAGE.to_owned(), spec.image.name.clone()),
-            (NOTE_DIGEST.to_owned(), spec.image.digest.clone()),
-        ]);
-        let template = parent.freeze(&path, &FreezeOptions { notes })?;
-        progress(TemplateProgress::Built {
-            took: start.elapsed(),
-            data_bytes: template.metadata().memory_data_bytes,
-        });
-        Ok(template)
+        make(&path, progress)
     }
 
     /// All templates, newest first; those that cannot be read last.

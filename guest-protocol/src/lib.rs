@@ -18,7 +18,7 @@ pub use frame::{ContainerExit, Frame, FrameDecoder, FrameError, StartFailure, St
 pub use identity::{ContainerSpec, Identity, IdentityError};
 
 /// Version of everything in this crate. A template made by another version is rebuilt, never reinterpreted.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Name of the virtio-console port that carries the control connection, as sysfs shows it in
 /// `/sys/class/virtio-ports/vportNpM/name`.

@@ -22,6 +22,10 @@ pub const FREEZE: u64 = 0x14;
 /// connection.
 pub const POWER_OFF: u64 = 0x18;
 
+/// Write, 32 bits, any value: the base freeze point, at which kernel and init are ready and no image is mounted yet. A
+/// VMM that wants no template there lets the guest go on at once; a clone made there goes on in the same way.
+pub const BASE: u64 = 0x1c;
+
 /// `"PICO"` in little-endian order.
 pub const MAGIC_VALUE: u32 = u32::from_le_bytes(*b"PICO");
 

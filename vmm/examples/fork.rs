@@ -12,12 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut config = MachineConfig::new(args.next().ok_or(usage)?);
     config.initramfs = Some(args.next().ok_or(usage)?);
     let directory = args.next().ok_or(usage)?;
-    config.disks = args
-        .map(|path| Disk {
-            path,
-            read_only: true,
-        })
-        .collect();
+    config.disks = args.map(Disk::read_only).collect();
     config.console_log = Some("/dev/stderr".into());
     config.extra_cmdline = std::env::var("CMDLINE").unwrap_or_default();
 

@@ -13,6 +13,21 @@ pub struct Disk {
     pub path: PathBuf,
     /// Whether the guest can only read it.
     pub read_only: bool,
+    /// How many sectors of 512 bytes the guest sees; as many as the file has if `None`. More is for disks that are only
+    /// read: what is behind the file's end reads as zeros, and a clone may get a file of another size in its place.
+    pub sectors: Option<u64>,
+}
+
+impl Disk {
+    /// A disk that the guest can only read, as large as its file.
+    #[must_use]
+    pub fn read_only(path: impl AsRef<Path>) -> Self {
+        Self {
+            path: path.as_ref().to_owned(),
+            read_only: true,
+            sectors: None,
+        }
+    }
 }
 
 /// What a machine is made of. Start with [`MachineConfig::new`] and change what differs.
@@ -31,6 +46,9 @@ pub struct MachineConfig {
     /// Where console output is logged, 1 MiB at most. The last of it is kept in memory in any case:
     /// [`crate::Machine::console_tail`].
     pub console_log: Option<PathBuf>,
+    /// Whether the machine stops at its base freeze point too: kernel and init are ready, no disk has been read yet. A
+    /// template made there is one for any disks in the place of these.
+    pub stop_at_base: bool,
     /// Appended to the kernel command line.
     pub extra_cmdline: String,
 }
@@ -62,6 +80,7 @@ impl MachineConfig {
             vcpus: 1,
             disks: Vec::new(),
             console_log: None,
+            stop_at_base: false,
             extra_cmdline: String::new(),
         }
     }
@@ -123,26 +142,14 @@ mod tests {
         config.vcpus = 9;
         assert!(config.check().unwrap_err().to_string().contains("1 to 8"));
         config.vcpus = 1;
-        config.disks = vec![
-            Disk {
-                path: "disk".into(),
-                read_only: true
-            };
-            DISKS_MAX + 1
-        ];
+        config.disks = vec![Disk::read_only("disk"); DISKS_MAX + 1];
         assert!(config.check().is_err());
     }
 
     #[test]
     fn every_slot_is_named_on_the_command_line() {
         let mut config = MachineConfig::new("vmlinux");
-        config.disks = vec![
-            Disk {
-                path: "disk".into(),
-                read_only: true
-            };
-            3
-        ];
+        config.disks = vec![Disk::read_only("disk"); 3];
         config.extra_cmdline = "loglevel=7".into();
         let line = config.cmdline();
         assert_eq!(line.matches("virtio_mmio.device=4K@0xd000").count(), 5);

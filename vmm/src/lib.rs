@@ -31,7 +31,9 @@ pub mod template;
 pub mod threads;
 pub mod vcpu;
 pub mod vm;
+pub mod working_set;
 
 pub use config::{Disk, MachineConfig};
 pub use machine::{Machine, MachineError, Outcome};
 pub use template::{ForkOptions, FreezeOptions, Template, TemplateError};
+pub use working_set::WorkingSet;

@@ -32,6 +32,7 @@ use crate::memory::{self, MemoryError};
 use crate::threads::{DeviceThread, ExitCounters, ExitCounts, Stop, VcpuContext, VcpuThread};
 use crate::vcpu::{self, MsrList, VcpuError, VcpuState};
 use crate::vm::{self, VmError, VmState};
+use crate::working_set::WorkingSet;
 
 /// Why a machine could not be made, run or saved.
 #[derive(Debug, thiserror::Error)]
@@ -197,7 +198,7 @@ impl Machine {
         let mut backends = vec![SlotBackend::Console(backend), SlotBackend::Entropy];
         for disk in &config.disks {
             backends.push(SlotBackend::Block(
-                FileBackend::open(&disk.path, disk.read_only)?,
+                FileBackend::open(&disk.path, disk.read_only)?.with_capacity(&disk.path, disk.sectors)?,
                 disk.path.clone(),
             ));
         }
@@ -236,7 +237,11 @@ impl Machine {
             memory_mib: config.memory_mib,
             processor: Processor::of(&supported),
             slots,
-            trap: Trap::default(),
+            trap: if config.stop_at_base {
+                Trap::with_base()
+            } else {
+                Trap::default()
+            },
             ports,
             connection,
             vcpus,
@@ -513,6 +518,31 @@ impl Machine {
                 .unwrap_or_else(PoisonError::into_inner)
                 .state(),
         })
+    }
+
+    /// Which pages of memory the machine has touched since it was forked.
+    ///
+    /// # Errors
+    /// As reading `/proc/self/pagemap`.
+    pub fn working_set(&self) -> io::Result<WorkingSet> {
+        WorkingSet::of(&self.memory)
+    }
+
+    /// Makes pages present before they are needed, in this process and in the second-stage page tables, of a machine that
+    /// stands still. It is advice, see [`WorkingSet::populate`]: nothing fails without it.
+    ///
+    /// # Errors
+    /// [`MachineError::NotPaused`].
+    pub fn prefault(&mut self, set: &WorkingSet) -> Result<(), MachineError> {
+        if self.phase != Phase::Paused {
+            return Err(MachineError::NotPaused("prefault the memory of"));
+        }
+        set.populate(&self.memory);
+        // The tables are those of the VM: one vCPU fills them for all.
+        if let Some(vcpu) = self.vcpus.first() {
+            vcpu.prefault(set.guest_ranges(&self.memory));
+        }
+        Ok(())
     }
 
     /// The last console output, 8 KiB at most, for the message about a machine that ended badly.

@@ -67,6 +67,7 @@ impl ExitCounters {
 
 enum Command {
     Run,
+    Prefault(Vec<(u64, u64)>, Sender<()>),
     Save(Arc<MsrList>, Sender<Result<VcpuState, VcpuError>>),
 }
 
@@ -186,6 +187,13 @@ impl VcpuThread {
         answer.recv().ok()
     }
 
+    /// Maps guest-physical ranges (address and size in bytes) for a stopped vCPU: see [`vcpu::prefault`].
+    pub fn prefault(&self, ranges: Vec<(u64, u64)>) {
+        let (done, answer) = channel();
+        self.send(Command::Prefault(ranges, done));
+        let _ = answer.recv();
+    }
+
     fn send(&self, command: Command) {
         if let Some(commands) = &self.commands {
             // The thread ends only after this sender is dropped.
@@ -217,6 +225,10 @@ fn serve(vcpu: &mut VcpuFd, context: &VcpuContext, kick: &Kick, inbox: &Receiver
                     let _ = context.stopped.write(1);
                 }
                 let _ = context.stops.send((context.index, stop));
+            }
+            Command::Prefault(ranges, done) => {
+                vcpu::prefault(vcpu, &ranges);
+                let _ = done.send(());
             }
             Command::Save(msrs, reply) => {
                 let _ = reply.send(vcpu::save(vcpu, context.index, &msrs));

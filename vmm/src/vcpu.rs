@@ -1,11 +1,20 @@
 //! State of one vCPU: captured from a machine that stands still, loaded into a fresh one.
 
+use std::os::fd::AsRawFd;
+
 use kvm_bindings::{
-    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_pre_fault_memory, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
+
+/// What `kvm-ioctls` does not have.
+mod numbers {
+    #![allow(missing_docs)]
+    use kvm_bindings::{KVMIO, kvm_pre_fault_memory};
+    vmm_sys_util::ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
+}
 
 /// Why vCPU state could not be captured or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -207,6 +216,38 @@ pub fn save(vcpu: &VcpuFd, index: u8, list: &MsrList) -> Result<VcpuState, VcpuE
         events,
         mp_state,
     })
+}
+
+/// Maps guest-physical ranges (address and size in bytes) in the second-stage page tables, as far as the host has pages
+/// for them, so that the guest's first access does not fault (KVM API 4.143, `KVM_PRE_FAULT_MEMORY`). It is advice: a
+/// kernel before 6.11 has no such call, and what it leaves out is mapped when it is needed.
+pub fn prefault(vcpu: &VcpuFd, ranges: &[(u64, u64)]) {
+    for &(gpa, size) in ranges {
+        let mut range = kvm_pre_fault_memory {
+            gpa,
+            size,
+            ..Default::default()
+        };
+        // The call ends early for a signal, and has then moved the start of the range.
+        while range.size > 0 {
+            // SAFETY: the descriptor is that of a live vCPU, and the structure is laid out as the ioctl reads and writes it.
+            let result = unsafe {
+                vmm_sys_util::ioctl::ioctl_with_mut_ref(
+                    &vcpu.as_raw_fd(),
+                    numbers::KVM_PRE_FAULT_MEMORY(),
+                    &mut range,
+                )
+            };
+            if result == 0 {
+                continue;
+            }
+            match std::io::Error::last_os_error().raw_os_error() {
+                Some(libc::EINTR | libc::EAGAIN) => {}
+                Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EINVAL) => return,
+                _ => break,
+            }
+        }
+    }
 }
 
 /// Loads a saved state into a fresh vCPU.

@@ -47,17 +47,20 @@ fn main() {
 }
 
 fn live(trap: &Trap) -> Result<(), InitError> {
-    mounts::enter_root_file_system()?;
-    mounts::populate_root_file_system()?;
     mounts::loopback_up()?;
     let control = control::open_port()?;
     mounts::hide_machine()?;
     let area = IdentityArea::allocate()?;
-    let accounts = Accounts::read();
     let machine = Machine::open()?;
     agent::shield_from_oom()?;
     stub::block_child_signal()?;
+    mounts::wait_for_image()?;
+    // All that does not depend on the image is done: one boot serves the templates of all images.
+    trap.base();
 
+    mounts::enter_root_file_system()?;
+    mounts::populate_root_file_system()?;
+    let accounts = Accounts::read();
     rehearsal::run(&accounts)?;
     let container = stub::fork(&accounts, || {
         stub::confine()?;

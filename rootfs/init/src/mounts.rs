@@ -31,7 +31,6 @@ pub fn kernel_file_systems() -> Result<(), InitError> {
 /// Mounts the image read-only with a writable overlay in memory (at most half of it) and makes that the root file
 /// system, for init and for the container.
 pub fn enter_root_file_system() -> Result<(), InitError> {
-    wait_for_image()?;
     mount_on(
         IMAGE_DEVICE,
         "/image",
@@ -77,7 +76,8 @@ pub fn enter_root_file_system() -> Result<(), InitError> {
     switch().attempt(|| "make the container's root file system the root".into())
 }
 
-fn wait_for_image() -> Result<(), InitError> {
+/// Waits until the image's device is there. Nothing of it is read.
+pub fn wait_for_image() -> Result<(), InitError> {
     let give_up = Instant::now() + DEVICE_DEADLINE;
     while !Path::new(IMAGE_DEVICE).exists() {
         if Instant::now() > give_up {

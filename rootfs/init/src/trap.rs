@@ -81,6 +81,13 @@ impl Trap {
         compiler_fence(Ordering::SeqCst);
     }
 
+    /// The base freeze point: a VMM that makes a template here stops the machine, every other lets it go on at once.
+    pub fn base(&self) {
+        compiler_fence(Ordering::SeqCst);
+        self.write(trap::BASE, 0);
+        compiler_fence(Ordering::SeqCst);
+    }
+
     /// Powers the machine off. `status` is 0 if all went as it should.
     pub fn power_off(&self, status: u32) -> ! {
         self.write(trap::POWER_OFF, status);

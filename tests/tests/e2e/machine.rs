@@ -14,10 +14,7 @@ const PATIENCE: Option<Duration> = Some(Duration::from_secs(60));
 fn config() -> MachineConfig {
     let mut config = MachineConfig::new(guest().kernel);
     config.initramfs = Some(guest().initramfs);
-    config.disks = vec![Disk {
-        path: image_file(),
-        read_only: true,
-    }];
+    config.disks = vec![Disk::read_only(image_file())];
     config
 }
 
@@ -179,13 +176,10 @@ fn a_writable_disk_keeps_what_is_written_and_a_read_only_one_refuses() {
     file.set_len(1 << 20).unwrap();
     let mut config = config();
     config.disks.push(Disk {
-        path: disk.clone(),
         read_only: false,
+        ..Disk::read_only(&disk)
     });
-    config.disks.push(Disk {
-        path: disk.clone(),
-        read_only: true,
-    });
+    config.disks.push(Disk::read_only(&disk));
     let mut parent = Machine::boot(&config).unwrap();
     assert_eq!(parent.run(PATIENCE).unwrap(), Some(Outcome::FreezePoint));
     let template = parent

@@ -187,7 +187,7 @@ fn signal(child: &Child, signal: i32) {
 /// Starts a script that says `up` when it is ready, and waits for that.
 fn up(script: &str) -> Child {
     template();
-    let mut child = spawn(&["run", "debian", "sh", "-c", &script]);
+    let mut child = spawn(&["run", "debian", "sh", "-c", script]);
     let mut said = [0u8; 3];
     child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
     child
@@ -375,11 +375,19 @@ fn a_template_is_built_once_and_said_so() {
         ("hello".into(), String::new())
     );
     let list = own.picovm().args(["template", "ls"]).output().unwrap();
-    assert_eq!(stdout(&list).lines().count(), 2, "{}", stdout(&list));
+    assert_eq!(stdout(&list).lines().count(), 3, "{}", stdout(&list));
     let list = own.picovm().args(["template", "ls", "--json"]).output().unwrap();
     let list: serde_json::Value = serde_json::from_slice(&list.stdout).unwrap();
-    let id = list[0]["id"].as_str().unwrap();
-    assert_eq!(list[0]["metadata"]["memory_mib"], 96);
+    let list = list.as_array().unwrap();
+    let is_base = |template: &&serde_json::Value| template["metadata"]["notes"]["image"].is_null();
+    let id = list.iter().find(|template| !is_base(template)).unwrap()["id"]
+        .as_str()
+        .unwrap();
+    let base = list.iter().find(is_base).unwrap()["id"].as_str().unwrap();
+    assert!(
+        list.iter()
+            .all(|template| template["metadata"]["memory_mib"] == 96)
+    );
     let inspect = own
         .picovm()
         .args(["template", "inspect", &id[..6]])
@@ -392,7 +400,7 @@ fn a_template_is_built_once_and_said_so() {
     );
     assert!(
         own.picovm()
-            .args(["template", "rm", id])
+            .args(["template", "rm", id, base])
             .status()
             .unwrap()
             .success()

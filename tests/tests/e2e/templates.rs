@@ -200,8 +200,9 @@ fn a_picovm_that_is_killed_while_it_freezes_leaves_a_store_that_works() {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
+    // The heading, the base and the image's template.
     let list = own.picovm().args(["template", "ls"]).output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&list.stdout).lines().count(), 2);
+    assert_eq!(String::from_utf8_lossy(&list.stdout).lines().count(), 3);
     // What the killed ones left half-written goes with the next template that is built.
     let left = fs::read_dir(own.path().join("templates"))
         .unwrap()
@@ -215,6 +216,52 @@ fn a_picovm_that_is_killed_while_it_freezes_leaves_a_store_that_works() {
         })
         .count();
     assert_eq!(left, 0);
+}
+
+#[test]
+fn the_kernel_is_booted_once_for_images_of_all_sizes() {
+    let own = OwnStore::new().unwrap();
+    let small = own.path().join("small");
+    for directory in ["bin", "etc"] {
+        fs::create_dir_all(small.join(directory)).unwrap();
+    }
+    // A static program that is there on every machine that built this.
+    fs::copy(picovm_tests::binary(), small.join("bin/picovm")).unwrap();
+    fs::write(small.join("etc/which"), "the small one").unwrap();
+    let done = |arguments: &[&str]| {
+        let output = own.picovm().args(arguments).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {errors}");
+        (String::from_utf8_lossy(&output.stdout).into_owned(), errors)
+    };
+    done(&["image", "build", "small", small.to_str().unwrap()]);
+    let (version, said) = done(&["run", "-m", "72m", "small", "picovm", "--version"]);
+    assert!(version.starts_with("picovm "), "{version}");
+    assert!(said.contains("booting the kernel, once for all images"), "{said}");
+    let (name, said) = done(&[
+        "run",
+        "-m",
+        "72m",
+        "debian",
+        "sh",
+        "-c",
+        ". /etc/os-release; echo $ID; test -e /etc/which || echo absent",
+    ]);
+    assert!(name == "debian\nabsent\n", "{name}");
+    assert!(
+        said.contains("no template of debian") && !said.contains("booting"),
+        "{said}"
+    );
+    // Both from one base, and none of them needs it any more.
+    let (list, _) = done(&["template", "ls"]);
+    let base = list.lines().find(|line| line.contains("(base)")).unwrap();
+    assert_eq!(list.lines().count(), 4, "{list}");
+    done(&["template", "rm", base.split_whitespace().next().unwrap()]);
+    let (version, said) = done(&["run", "-m", "72m", "small", "picovm", "--version"]);
+    assert!(
+        version.starts_with("picovm ") && said.is_empty(),
+        "{version}{said}"
+    );
 }
 
 #[test]

@@ -2,8 +2,8 @@
 //! point, and that it is done. The registers are in [`picovm_guest_protocol::trap`].
 
 use picovm_guest_protocol::trap::{
-    FREEZE, IDENTITY_PAGE, IDENTITY_PAGES_MAX, IDENTITY_RESET, MAGIC, MAGIC_VALUE, PAGE_SIZE, POWER_OFF,
-    VERSION,
+    BASE, FREEZE, IDENTITY_PAGE, IDENTITY_PAGES_MAX, IDENTITY_RESET, MAGIC, MAGIC_VALUE, PAGE_SIZE,
+    POWER_OFF, VERSION,
 };
 use serde::{Deserialize, Serialize};
 
@@ -29,13 +29,26 @@ pub struct TrapState {
 #[derive(Default)]
 pub struct Trap {
     state: TrapState,
+    stop_at_base: bool,
 }
 
 impl Trap {
     /// A trap as it was saved.
     #[must_use]
     pub fn from_state(state: &TrapState) -> Self {
-        Self { state: state.clone() }
+        Self {
+            state: state.clone(),
+            stop_at_base: false,
+        }
+    }
+
+    /// A trap that stops the machine at the base freeze point too.
+    #[must_use]
+    pub fn with_base() -> Self {
+        Self {
+            stop_at_base: true,
+            ..Self::default()
+        }
     }
 
     /// What a clone needs of it.
@@ -72,6 +85,7 @@ impl Trap {
                 TrapAction::Continue
             }
             (FREEZE, 4) => TrapAction::FreezePoint,
+            (BASE, 4) if self.stop_at_base => TrapAction::FreezePoint,
             (POWER_OFF, 4) => TrapAction::PowerOff,
             _ => TrapAction::Continue,
         }
@@ -97,6 +111,16 @@ mod tests {
         assert_eq!(&pages[..2], [0, 0x1000]);
         trap.write(IDENTITY_RESET, &[0; 4]);
         assert_eq!(trap.state(), TrapState::default());
+    }
+
+    #[test]
+    fn the_base_freeze_point_stops_only_a_machine_that_wants_a_template_there() {
+        let mut trap = Trap::with_base();
+        assert_eq!(trap.write(BASE, &[0; 4]), TrapAction::FreezePoint);
+        assert_eq!(trap.write(BASE, &[0; 8]), TrapAction::Continue);
+        let mut clone = Trap::from_state(&trap.state());
+        assert_eq!(clone.write(BASE, &[0; 4]), TrapAction::Continue);
+        assert_eq!(Trap::default().write(BASE, &[0; 4]), TrapAction::Continue);
     }
 
     #[test]

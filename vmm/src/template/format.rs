@@ -12,7 +12,7 @@ use crate::arch::cpuid::Processor;
 use crate::machine::MachineError;
 
 /// Version of the format. It grows with every change of the files, the device slots or the saved state.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// Metadata.
 pub const METADATA: &str = "template.json";
@@ -22,6 +22,8 @@ pub const STATE: &str = "state";
 pub const MEMORY: &str = "memory";
 /// Record of a verified memory checksum.
 pub const VERIFIED: &str = "verified";
+/// Record of the pages that a start touches: a [`crate::WorkingSet`], encoded by postcard.
+pub const WORKING_SET: &str = "working-set";
 
 /// Largest metadata and state files that are read, in bytes: both are some ten KiB.
 pub const SMALL_FILE_MAX: u64 = 16 << 20;

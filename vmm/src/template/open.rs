@@ -12,11 +12,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::checksum;
 use super::format::{
-    self, FileRecord, MEMORY, METADATA, Metadata, SMALL_FILE_MAX, STATE, TemplateError, VERIFIED,
+    self, FileRecord, MEMORY, METADATA, Metadata, SMALL_FILE_MAX, STATE, TemplateError, VERIFIED, WORKING_SET,
 };
 use crate::arch::cpuid::Processor;
 use crate::arch::layout;
 use crate::machine::{Backends, Machine, MachineError, MachineState};
+use crate::working_set::WorkingSet;
 use crate::{memory, vm};
 
 /// What a clone gets of its own.
@@ -38,6 +39,7 @@ pub struct Template {
     metadata: Metadata,
     state: MachineState,
     memory: Arc<File>,
+    working_set: Option<WorkingSet>,
     kvm: Arc<Kvm>,
 }
 
@@ -114,6 +116,7 @@ impl Template {
             }
         }
 
+        let metadata_mib = metadata.memory_mib;
         let kvm = vm::open_kvm().map_err(MachineError::from)?;
         let here = Processor::of(&vm::supported_cpuid(&kvm).map_err(MachineError::from)?);
         if here != metadata.processor {
@@ -129,6 +132,7 @@ impl Template {
             metadata,
             state,
             memory: Arc::new(file),
+            working_set: recorded_working_set(directory, metadata_mib),
             kvm: Arc::new(kvm),
         })
     }
@@ -165,6 +169,21 @@ impl Template {
         self.state.trap.identity_pages.len() * picovm_guest_protocol::trap::PAGE_SIZE
     }
 
+    /// Which pages a start touches, if that was recorded.
+    #[must_use]
+    pub fn working_set(&self) -> Option<&WorkingSet> {
+        self.working_set.as_ref()
+    }
+
+    /// Keeps beside the template which pages a start touches: [`Machine::working_set`] of a clone that has run one. Where
+    /// it cannot be written, this opened template knows it and later ones do not.
+    pub fn record_working_set(&mut self, set: WorkingSet) {
+        if let Ok(bytes) = postcard::to_stdvec(&set) {
+            store_advice(&self.path, WORKING_SET, &bytes);
+        }
+        self.working_set = Some(set);
+    }
+
     /// Compares the memory's checksum now, whatever was recorded.
     ///
     /// # Errors
@@ -180,7 +199,7 @@ impl Template {
     pub fn fork(&self, options: ForkOptions) -> Result<Machine, TemplateError> {
         let memory =
             memory::private(self.metadata.memory_mib, self.memory.clone()).map_err(MachineError::from)?;
-        self.write_identity(&memory, &options.identity)?;
+        self.write_identity_to(&memory, &options.identity)?;
         let own = Backends {
             disks: options.disks,
             console_log: options.console_log,
@@ -194,8 +213,16 @@ impl Template {
         )?)
     }
 
+    /// Gives an identity to a clone of this template that was forked without one and has not run yet.
+    ///
+    /// # Errors
+    /// As [`Template::fork`].
+    pub fn write_identity(&self, clone: &Machine, identity: &[u8]) -> Result<(), TemplateError> {
+        self.write_identity_to(clone.memory(), identity)
+    }
+
     /// Writes an identity into a clone's memory: pages that the guest has mapped already.
-    fn write_identity(&self, memory: &GuestMemoryMmap, identity: &[u8]) -> Result<(), TemplateError> {
+    fn write_identity_to(&self, memory: &GuestMemoryMmap, identity: &[u8]) -> Result<(), TemplateError> {
         let pages = &self.state.trap.identity_pages;
         if identity.len() > self.identity_area() {
             return Err(TemplateError::Identity {
@@ -278,13 +305,26 @@ pub(super) fn record_written(directory: &Path, checksum: &str) {
 
 /// Where the record cannot be written, the next opening compares again.
 fn record(directory: &Path, verified: Option<&Verified>) {
-    if let Some(verified) = verified
-        && let Ok(bytes) = serde_json::to_vec(verified)
-        && let Ok(mut file) = tempfile::NamedTempFile::new_in(directory)
-        && std::io::Write::write_all(&mut file, &bytes).is_ok()
-    {
-        let _ = file.persist(directory.join(VERIFIED));
+    if let Some(bytes) = verified.and_then(|verified| serde_json::to_vec(verified).ok()) {
+        store_advice(directory, VERIFIED, &bytes);
     }
+}
+
+/// Writes a file that a template is as good without, whole or not at all.
+fn store_advice(directory: &Path, name: &str, bytes: &[u8]) {
+    if let Ok(mut file) = tempfile::NamedTempFile::new_in(directory)
+        && std::io::Write::write_all(&mut file, bytes).is_ok()
+    {
+        let _ = file.persist(directory.join(name));
+    }
+}
+
+/// A working set that was recorded and makes sense for so much memory.
+fn recorded_working_set(directory: &Path, memory_mib: u64) -> Option<WorkingSet> {
+    let bytes = read_small(&directory.join(WORKING_SET)).ok()?;
+    postcard::from_bytes(&bytes)
+        .ok()
+        .filter(|set: &WorkingSet| set.fits(memory_mib))
 }
 
 #[cfg(test)]

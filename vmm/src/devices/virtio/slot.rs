@@ -238,7 +238,7 @@ impl SlotState {
             Self::Console { .. } => console.take().map(SlotBackend::Console),
             Self::Block { device, path, .. } => {
                 let path = disks.next().unwrap_or_else(|| path.clone());
-                let backend = FileBackend::open_for_clone(&path, device.read_only, device.sectors)?;
+                let backend = FileBackend::open_for_clone(&path, device)?;
                 Some(SlotBackend::Block(backend, path))
             }
             Self::Entropy { .. } => Some(SlotBackend::Entropy),

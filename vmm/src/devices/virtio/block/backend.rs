@@ -5,8 +5,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::state::BlockState;
 use crate::devices::virtio::queue::Buffer;
 
 /// Bytes of a sector.
@@ -33,6 +34,20 @@ pub enum BackendError {
         /// Its size.
         bytes: u64,
     },
+    /// The guest cannot see less of it than there is, nor write to what there is not.
+    #[error(
+        "the disk {} has {sectors} sectors and cannot be shown as one of {capacity}: a disk can only be shown larger, \
+         and only to be read",
+        path.display()
+    )]
+    Capacity {
+        /// The file.
+        path: PathBuf,
+        /// Its sectors.
+        sectors: u64,
+        /// Sectors that the guest was to see.
+        capacity: u64,
+    },
     /// It is not the disk that the template was made with.
     #[error(
         "the disk {} has {sectors} sectors, but the template was made with one of {expected}: rebuild the template",
@@ -51,9 +66,15 @@ pub enum BackendError {
 /// A file as a disk.
 pub struct FileBackend {
     file: File,
+    /// What the guest sees.
     sectors: u64,
+    /// What the file has, `sectors` or fewer.
+    in_file: u64,
     read_only: bool,
 }
+
+/// What is behind the end of a file reads as this.
+const ZEROS: [u8; 4096] = [0; 4096];
 
 /// Guest ranges of one request as the kernel's vectored calls take them.
 fn iovecs(memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<Vec<libc::iovec>> {
@@ -95,24 +116,56 @@ impl FileBackend {
         Ok(Self {
             file,
             sectors: bytes / SECTOR,
+            in_file: bytes / SECTOR,
             read_only,
         })
     }
 
-    /// Opens the file for a clone and checks that it is as large as the guest knows it.
+    /// The same file, seen by the guest as a disk of so many sectors: see [`crate::Disk::sectors`].
+    ///
+    /// # Errors
+    /// [`BackendError::Capacity`].
+    pub fn with_capacity(self, path: &Path, sectors: Option<u64>) -> Result<Self, BackendError> {
+        let capacity = sectors.unwrap_or(self.in_file);
+        if capacity < self.in_file || capacity > self.in_file && !self.read_only {
+            return Err(BackendError::Capacity {
+                path: path.to_owned(),
+                sectors: self.in_file,
+                capacity,
+            });
+        }
+        Ok(Self {
+            sectors: capacity,
+            ..self
+        })
+    }
+
+    /// Opens the file for a clone and checks that the guest can go on with it: it is as large as the guest knows it, or
+    /// was shown larger than it is and still can be.
     ///
     /// # Errors
     /// As [`FileBackend::open`], and [`BackendError::Changed`].
-    pub fn open_for_clone(path: &Path, read_only: bool, expected: u64) -> Result<Self, BackendError> {
-        let backend = Self::open(path, read_only)?;
-        if backend.sectors != expected {
+    pub fn open_for_clone(path: &Path, state: &BlockState) -> Result<Self, BackendError> {
+        let backend = Self::open(path, state.read_only)?;
+        let fits = if state.padded {
+            state.read_only && backend.in_file <= state.sectors
+        } else {
+            backend.in_file == state.sectors
+        };
+        if !fits {
             return Err(BackendError::Changed {
                 path: path.to_owned(),
-                sectors: backend.sectors,
-                expected,
+                sectors: backend.in_file,
+                expected: state.sectors,
             });
         }
-        Ok(backend)
+        backend.with_capacity(path, Some(state.sectors))
+    }
+
+    /// Whether the guest sees a larger disk than the file.
+    #[must_use]
+    pub fn is_padded(&self) -> bool {
+        self.sectors > self.in_file
     }
 
     /// Capacity in sectors.
@@ -137,6 +190,20 @@ impl FileBackend {
 
     /// Reads into guest memory; returns the bytes read, or `None` if the request is outside disk or memory or fails.
     pub fn read(&self, sector: u64, memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<u64> {
+        let total: u64 = buffers.iter().map(|buffer| u64::from(buffer.length)).sum();
+        let in_file = self.in_file.saturating_sub(sector).saturating_mul(SECTOR);
+        if total > in_file && self.in_range(sector, total) {
+            let (stored, behind) = split(buffers, in_file);
+            if !stored.is_empty() {
+                self.read_file(sector, memory, &stored)?;
+            }
+            behind.iter().try_for_each(|buffer| zero(memory, buffer))?;
+            return Some(total);
+        }
+        self.read_file(sector, memory, buffers)
+    }
+
+    fn read_file(&self, sector: u64, memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<u64> {
         self.transfer(sector, memory, buffers, |fd, list, offset| {
             // SAFETY: every element is a range of live guest memory, which the guest shares and races with as it
             // likes; no Rust reference to it exists.
@@ -201,6 +268,45 @@ impl FileBackend {
             self.file.sync_data()
         }
     }
+}
+
+/// The buffers of the first `bytes` bytes, and those of the rest.
+fn split(buffers: &[Buffer], bytes: u64) -> (Vec<Buffer>, Vec<Buffer>) {
+    let (mut first, mut rest) = (Vec::new(), Vec::new());
+    let mut left = bytes;
+    for buffer in buffers {
+        // No more than the buffer's own length, which has 32 bits.
+        let part = left.min(u64::from(buffer.length)) as u32;
+        left -= u64::from(part);
+        if part > 0 {
+            first.push(Buffer {
+                address: buffer.address,
+                length: part,
+            });
+        }
+        if part < buffer.length {
+            rest.push(Buffer {
+                // One that leaves the address space is refused where it is written to.
+                address: vm_memory::GuestAddress(buffer.address.0.saturating_add(u64::from(part))),
+                length: buffer.length - part,
+            });
+        }
+    }
+    (first, rest)
+}
+
+/// Writes zeros to a buffer; `None` if it is not in memory.
+fn zero(memory: &GuestMemoryMmap, buffer: &Buffer) -> Option<()> {
+    let (mut address, mut left) = (buffer.address, buffer.length as usize);
+    while left > 0 {
+        let part = left.min(ZEROS.len());
+        memory.write_slice(ZEROS.get(..part)?, address).ok()?;
+        left -= part;
+        if left > 0 {
+            address = address.checked_add(part as u64)?;
+        }
+    }
+    Some(())
 }
 
 /// Drops the first `done` bytes from a list of ranges.

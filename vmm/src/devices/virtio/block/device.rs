@@ -45,6 +45,7 @@ impl Block {
     pub fn state(&self) -> BlockState {
         BlockState {
             sectors: self.backend.sectors(),
+            padded: self.backend.is_padded(),
             read_only: self.backend.is_read_only(),
             flush: self.flush,
         }

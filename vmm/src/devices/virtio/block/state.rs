@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 pub struct BlockState {
     /// Capacity in sectors of 512 bytes, which the guest has read.
     pub sectors: u64,
+    /// Whether a smaller file will do: what is behind its end reads as zeros.
+    pub padded: bool,
     /// Whether the guest was told that it cannot write.
     pub read_only: bool,
     /// The guest accepted `VIRTIO_BLK_F_FLUSH`.

@@ -42,6 +42,79 @@ fn restored(slot: &Slot, memory: &Memory) -> (Slot, UnixStream) {
 
 const SECTORS: usize = 64;
 
+/// Reads through the device, in as many buffers as there are cuts; returns status and data.
+fn read_disk(
+    driver: &mut Driver,
+    memory: &Memory,
+    slot: &Slot,
+    sector: u64,
+    bytes: usize,
+    cuts: &[Index],
+) -> (u8, Vec<u8>) {
+    let (header, data) = (BUFFERS, BUFFERS + 64);
+    let mut head = vec![0u8; 8];
+    head.extend_from_slice(&sector.to_le_bytes());
+    memory.write(header, &head);
+    memory.write(data, &vec![0xaa; bytes + 1]);
+    let mut parts = vec![(header, 16, false)];
+    parts.extend(cut(data, bytes + 1, cuts, true));
+    driver.add(memory, 0, &parts).unwrap();
+    driver.notify(memory, slot, 0, 1);
+    driver.used(memory, 0);
+    (memory.read(data + bytes as u64, 1)[0], memory.read(data, bytes))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_disk_shown_larger_than_its_file_reads_zeros_behind_its_end(
+        sector in 0u64..2 * SECTORS as u64 + 4,
+        sectors in 0usize..12,
+        cuts in prop::collection::vec(any::<Index>(), 0..5),
+        other_sectors in 1usize..=2 * SECTORS,
+    ) {
+        let memory = Memory::new();
+        let disk = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(disk.path(), vec![7u8; SECTORS * 512]).unwrap();
+        let shown = 2 * SECTORS as u64;
+        let backend = FileBackend::open(disk.path(), true).unwrap().with_capacity(disk.path(), Some(shown)).unwrap();
+        let mut slot =
+            Slot::new(SlotBackend::Block(backend, disk.path().into()), 2, memory.guest.clone(), line()).unwrap();
+        let mut driver = Driver::new(&slot, 1 << 9, false, 1, 64);
+        let bytes = sectors * 512;
+        for length in [SECTORS, other_sectors] {
+            let (status, data) = read_disk(&mut driver, &memory, &slot, sector, bytes, &cuts);
+            if sector + sectors as u64 <= shown {
+                prop_assert_eq!(status, 0);
+                for (at, byte) in data.into_iter().enumerate() {
+                    let inside = sector as usize * 512 + at < length * 512;
+                    prop_assert_eq!(byte, if inside { 7 } else { 0 }, "byte {}", at);
+                }
+            } else {
+                prop_assert_eq!(status, 1);
+            }
+            // A clone goes on with a file of another size.
+            std::fs::write(disk.path(), vec![7u8; other_sectors * 512]).unwrap();
+            slot = restored(&slot, &memory).0;
+        }
+        prop_assert!(memory.is_intact());
+    }
+}
+
+#[test]
+fn a_disk_is_shown_larger_only_where_it_is_read_only() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(SECTORS as u64 * 512).unwrap();
+    let open = |read_only| FileBackend::open(disk.path(), read_only).unwrap();
+    let shown = |read_only, sectors| open(read_only).with_capacity(disk.path(), Some(sectors));
+    assert!(shown(true, SECTORS as u64 - 1).is_err());
+    let error = shown(false, SECTORS as u64 + 1).err().unwrap().to_string();
+    assert!(error.contains("only to be read"), "{error}");
+    assert!(shown(false, SECTORS as u64).is_ok_and(|backend| !backend.is_padded()));
+    assert!(shown(true, SECTORS as u64 + 1).is_ok_and(|backend| backend.is_padded()));
+}
+
 #[derive(Clone, Debug)]
 enum Request {
     Read { sector: usize, sectors: usize },

@@ -1,0 +1,229 @@
+//! The working set: which pages the start of a container touches, recorded once from a clone that has run one, so that
+//! every other clone can have them before it needs them.
+//!
+//! It is advice. A page too many costs memory, a page too few a fault; neither changes what a guest sees.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+/// Entries of `/proc/self/pagemap` that are read at once.
+const ENTRIES: usize = 8192;
+/// Entry of `/proc/self/pagemap` (the kernel's `admin-guide/mm/pagemap.rst`): the page is present, is swapped out, is
+/// that of a file or shared.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const OF_FILE: u64 = 1 << 61;
+
+/// Pages in a row, by their number in the memory file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pages {
+    /// Number of the first.
+    pub first: u64,
+    /// How many, at least 1.
+    pub count: u64,
+}
+
+/// Pages that a start touches, in ascending order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkingSet {
+    /// Written: each clone has its own.
+    pub written: Vec<Pages>,
+    /// Only read: shared. The host maps them in blocks, so these are more than the guest has read.
+    pub read: Vec<Pages>,
+}
+
+fn push(list: &mut Vec<Pages>, page: u64) {
+    match list.last_mut() {
+        Some(last) if last.first + last.count == page => last.count += 1,
+        _ => list.push(Pages {
+            first: page,
+            count: 1,
+        }),
+    }
+}
+
+fn total(list: &[Pages]) -> u64 {
+    list.iter().fold(0, |sum, pages| sum.saturating_add(pages.count))
+}
+
+impl WorkingSet {
+    /// Looks which pages of a clone's memory are there by now.
+    ///
+    /// # Errors
+    /// As reading `/proc/self/pagemap`.
+    pub fn of(memory: &GuestMemoryMmap) -> io::Result<Self> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let mut set = Self::default();
+        let mut buffer = vec![0u8; 8 * ENTRIES];
+        let mut page = 0;
+        for region in memory.iter() {
+            let mut left = region.len() / PAGE;
+            let mut at = region.as_ptr() as u64 / PAGE;
+            while left > 0 {
+                let count = left.min(ENTRIES as u64);
+                let bytes = buffer.get_mut(..8 * count as usize).unwrap_or_default();
+                pagemap.read_exact_at(bytes, 8 * at)?;
+                for entry in bytes.chunks_exact(8) {
+                    let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
+                    if entry & SWAPPED != 0 || entry & (PRESENT | OF_FILE) == PRESENT {
+                        push(&mut set.written, page);
+                    } else if entry & PRESENT != 0 {
+                        push(&mut set.read, page);
+                    }
+                    page += 1;
+                }
+                at += count;
+                left -= count;
+            }
+        }
+        Ok(set)
+    }
+
+    /// Number of pages written.
+    #[must_use]
+    pub fn written_pages(&self) -> u64 {
+        total(&self.written)
+    }
+
+    /// Number of pages only read.
+    #[must_use]
+    pub fn read_pages(&self) -> u64 {
+        total(&self.read)
+    }
+
+    /// Whether every page is one of a memory of so many MiB.
+    #[must_use]
+    pub fn fits(&self, memory_mib: u64) -> bool {
+        let pages = memory_mib.saturating_mul((1 << 20) / PAGE);
+        self.written.iter().chain(&self.read).all(|range| {
+            range
+                .first
+                .checked_add(range.count)
+                .is_some_and(|end| range.count > 0 && end <= pages)
+        })
+    }
+
+    /// Makes the pages present in a clone's memory, those that will be written as copies of its own. A kernel before 5.14
+    /// cannot, and a page outside memory is left out: what is missing is faulted in when it is needed.
+    pub fn populate(&self, memory: &GuestMemoryMmap) {
+        for (list, advice) in [
+            (&self.written, libc::MADV_POPULATE_WRITE),
+            (&self.read, libc::MADV_POPULATE_READ),
+        ] {
+            for pages in list {
+                for (_, address, bytes) in places(memory, *pages) {
+                    // SAFETY: the range lies in a live mapping of guest memory. The call makes its pages present and
+                    // changes no content.
+                    unsafe { libc::madvise(address.cast(), bytes, advice) };
+                }
+            }
+        }
+    }
+
+    /// The pages as guest-physical ranges, address and size in bytes: those written, then those read.
+    pub(crate) fn guest_ranges(&self, memory: &GuestMemoryMmap) -> Vec<(u64, u64)> {
+        self.written
+            .iter()
+            .chain(&self.read)
+            .flat_map(|pages| places(memory, *pages))
+            .map(|(guest, _, bytes)| (guest, bytes as u64))
+            .collect()
+    }
+}
+
+/// Where pages of the memory file lie: guest-physical address, address in this process, bytes. One range for each region
+/// of memory that they lie in.
+fn places(memory: &GuestMemoryMmap, pages: Pages) -> Vec<(u64, *mut u8, usize)> {
+    let mut found = Vec::new();
+    let start = pages.first.saturating_mul(PAGE);
+    let end = start.saturating_add(pages.count.saturating_mul(PAGE));
+    let mut region_start = 0u64;
+    for region in memory.iter() {
+        let region_end = region_start + region.len();
+        let (from, to) = (start.max(region_start), end.min(region_end));
+        if from < to {
+            let offset = from - region_start;
+            let address = region.as_ptr().wrapping_add(offset as usize);
+            found.push((region.start_addr().0 + offset, address, (to - from) as usize));
+        }
+        region_start = region_end;
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use vm_memory::{Bytes, GuestAddress};
+
+    fn memory() -> GuestMemoryMmap {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(32 << 20).unwrap();
+        crate::memory::private(32, Arc::new(file)).unwrap()
+    }
+
+    #[test]
+    fn what_was_written_is_told_from_what_was_read_and_what_was_not_touched() {
+        let memory = memory();
+        for page in [3u64, 4, 5, 900] {
+            memory.write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
+        }
+        let _: u8 = memory.read_obj(GuestAddress(2000 * PAGE)).unwrap();
+        let set = WorkingSet::of(&memory).unwrap();
+        let written = [Pages { first: 3, count: 3 }, Pages { first: 900, count: 1 }];
+        assert_eq!(set.written, written);
+        assert!(
+            set.read
+                .iter()
+                .any(|pages| (pages.first..pages.first + pages.count).contains(&2000))
+        );
+        assert!(set.read_pages() < 100, "{}", set.read_pages());
+        assert!(set.fits(32) && !set.fits(3));
+    }
+
+    #[test]
+    fn populated_pages_are_there_and_hold_what_the_file_holds() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(32 << 20).unwrap();
+        file.write_all_at(b"seven", 7 * PAGE).unwrap();
+        let memory = crate::memory::private(32, Arc::new(file)).unwrap();
+        let set = WorkingSet {
+            written: vec![Pages { first: 7, count: 2 }],
+            read: vec![Pages { first: 100, count: 1 }],
+        };
+        set.populate(&memory);
+        let there = WorkingSet::of(&memory).unwrap();
+        assert_eq!(there.written, set.written);
+        assert!(there.read_pages() >= 1);
+        let mut word = [0u8; 5];
+        memory.read_slice(&mut word, GuestAddress(7 * PAGE)).unwrap();
+        assert_eq!(&word, b"seven");
+    }
+
+    #[test]
+    fn pages_that_no_memory_has_are_left_out() {
+        let memory = memory();
+        for (first, count) in [(u64::MAX, u64::MAX), (0, u64::MAX), (1 << 52, 1), (8192, 1)] {
+            let set = WorkingSet {
+                written: vec![Pages { first, count }],
+                ..WorkingSet::default()
+            };
+            assert!(!set.fits(32), "{first} {count}");
+            for (guest, bytes) in set.guest_ranges(&memory) {
+                assert!(guest + bytes <= 32 << 20);
+            }
+        }
+        let none = WorkingSet {
+            read: vec![Pages { first: 0, count: 0 }],
+            ..WorkingSet::default()
+        };
+        assert!(!none.fits(32));
+    }
+}
