@@ -20,8 +20,12 @@ use crate::rounds::{self, Probe, Selection, ms};
 use crate::workspace::{DISTRIBUTION, SMALL, Workspace};
 
 const DISCARDED: u32 = 5;
+/// How long a clone is parked before it is started.
+const PARKED: Duration = Duration::from_millis(5);
 /// A start that takes longer has gone wrong.
 const START_MAX: Duration = Duration::from_secs(10);
+/// So many starts tell the working set, as in the engine.
+const STARTS_RECORDED: u32 = 3;
 const WORD: &str = "hello";
 
 /// Measures it all.
@@ -36,12 +40,6 @@ pub fn measure(
         Some(image) => Some(template(workspace, image, "distribution", report)?),
         None => None,
     };
-    let working_set = record(&small)?;
-    eprintln!(
-        "working set of a start: {} pages written, {} mapped to be read",
-        working_set.written_pages(),
-        working_set.read_pages()
-    );
     let mut probes = vec![
         Probe::new(
             [("process_first_byte", Unit::Ms), ("process_exit", Unit::Ms)],
@@ -56,7 +54,10 @@ pub fn measure(
         }),
         Probe::new([("fork_freeze_again", Unit::Ms)], || freeze_again(&small)),
         fork_probe(&small),
-        parked_probe(&small, &working_set),
+        Probe::new([("fork_unpopulated_exit", Unit::Ms)], || {
+            Ok([fork(&small, None)?[2]])
+        }),
+        parked_probe(&small),
         run_probe(workspace, SMALL),
     ];
     if let Some(template) = &distribution {
@@ -73,7 +74,12 @@ fn template(
     report: &mut Report,
 ) -> anyhow::Result<Template> {
     rounds::persist("the template", report, || {
-        boot::build_template(workspace, &image.file, &workspace.path(name))
+        let mut template = boot::build_template(workspace, &image.file, &workspace.path(name))?;
+        let set = (0..STARTS_RECORDED).try_fold(WorkingSet::default(), |set, _| {
+            anyhow::Ok(set.union(&record(&template)?))
+        })?;
+        template.record_working_set(set);
+        Ok(template)
     })
 }
 
@@ -126,12 +132,13 @@ fn fork_probe(template: &Template) -> Probe<'_> {
             ("start_exits", Unit::Exits),
             ("owned_pages", Unit::Pages),
         ],
-        || fork(template),
+        || fork(template, template.working_set()),
     )
 }
 
-/// Forks a clone, lets it run [`WORD`] through `echo` and reads the agent's frames.
-fn fork(template: &Template) -> anyhow::Result<[f64; 5]> {
+/// Forks a clone with the pages of `populated` that it will write, lets it run [`WORD`] through `echo` and reads the agent's
+/// frames.
+fn fork(template: &Template, populated: Option<&WorkingSet>) -> anyhow::Result<[f64; 5]> {
     let start = Instant::now();
     let identity = identity()?.encode(template.identity_area())?;
     let mut clone = template.fork(ForkOptions {
@@ -139,6 +146,9 @@ fn fork(template: &Template) -> anyhow::Result<[f64; 5]> {
         ..ForkOptions::default()
     })?;
     let forked = Instant::now();
+    if let Some(set) = populated {
+        set.populate_written(clone.memory());
+    }
     let mut connection = clone
         .take_connection()
         .context("a clone has no control connection")?;
@@ -177,7 +187,7 @@ fn record(template: &Template) -> anyhow::Result<WorkingSet> {
     Ok(clone.working_set()?)
 }
 
-fn parked_probe<'a>(template: &'a Template, working_set: &'a WorkingSet) -> Probe<'a> {
+fn parked_probe(template: &Template) -> Probe<'_> {
     Probe::new(
         [
             ("prefault", Unit::Ms),
@@ -186,12 +196,13 @@ fn parked_probe<'a>(template: &'a Template, working_set: &'a WorkingSet) -> Prob
             ("parked_exits", Unit::Exits),
             ("parked_owned_pages", Unit::Pages),
         ],
-        || parked(template, working_set),
+        || parked(template),
     )
 }
 
 /// Starts a container in a clone that was forked and prefaulted before.
-fn parked(template: &Template, working_set: &WorkingSet) -> anyhow::Result<[f64; 5]> {
+fn parked(template: &Template) -> anyhow::Result<[f64; 5]> {
+    let working_set = template.working_set().context("there is no working set")?;
     let mut clone = template.fork(ForkOptions::default())?;
     let mut connection = clone
         .take_connection()
@@ -200,7 +211,7 @@ fn parked(template: &Template, working_set: &WorkingSet) -> anyhow::Result<[f64;
     let forked = Instant::now();
     clone.prefault(working_set)?;
     let prefaulted = Instant::now();
-    std::thread::sleep(std::time::Duration::from_millis(5));
+    std::thread::sleep(PARKED);
 
     let start = Instant::now();
     template.write_identity(&clone, &identity()?.encode(template.identity_area())?)?;

@@ -108,6 +108,9 @@ impl Container {
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
         };
         let mut machine = template.fork(fork)?;
+        if let Some(set) = template.working_set() {
+            set.populate_written(machine.memory());
+        }
         let connection = machine
             .take_connection()
             .ok_or_else(|| EngineError::host("connect to the clone")(io::ErrorKind::NotConnected.into()))?;

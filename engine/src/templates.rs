@@ -218,7 +218,7 @@ fn take_image(
         (NOTE_DIGEST.to_owned(), image.digest.clone()),
     ]);
     let mut template = clone.freeze(path, &FreezeOptions { notes })?;
-    match try_a_start(&template) {
+    match try_starts(&template) {
         Ok(set) => template.record_working_set(set),
         // An image without a shell, or a host without /proc: a template is as good without, only its pools are slower.
         Err(error) => tracing::warn!(%error, "cannot record which pages a start touches"),
@@ -226,7 +226,16 @@ fn take_image(
     Ok(template)
 }
 
-/// Runs one container, to learn which pages a start touches.
+/// How many starts are looked at: of the pages that one writes, the next writes all but a few.
+const TRIES: usize = 3;
+
+/// Runs containers, to learn which pages a start touches.
+fn try_starts(template: &Template) -> Result<WorkingSet, EngineError> {
+    (0..TRIES).try_fold(WorkingSet::default(), |set, _| {
+        Ok(set.union(&try_a_start(template)?))
+    })
+}
+
 fn try_a_start(template: &Template) -> Result<WorkingSet, EngineError> {
     let failed = EngineError::host("record which pages a start touches");
     let null = match File::options().read(true).write(true).open("/dev/null") {

@@ -529,7 +529,7 @@ impl Machine {
     }
 
     /// Makes pages present before they are needed, in this process and in the second-stage page tables, of a machine that
-    /// stands still. It is advice, see [`WorkingSet::populate`]: nothing fails without it.
+    /// stands still. It is advice, see [`WorkingSet::populate_written`]: nothing fails without it.
     ///
     /// # Errors
     /// [`MachineError::NotPaused`].
@@ -537,7 +537,8 @@ impl Machine {
         if self.phase != Phase::Paused {
             return Err(MachineError::NotPaused("prefault the memory of"));
         }
-        set.populate(&self.memory);
+        set.populate_written(&self.memory);
+        set.populate_read(&self.memory);
         // The tables are those of the VM: one vCPU fills them for all.
         if let Some(vcpu) = self.vcpus.first() {
             vcpu.prefault(set.guest_ranges(&self.memory));

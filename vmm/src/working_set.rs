@@ -3,6 +3,7 @@
 //!
 //! It is advice. A page too many costs memory, a page too few a fault; neither changes what a guest sees.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -85,6 +86,27 @@ impl WorkingSet {
         Ok(set)
     }
 
+    /// The pages of both; what one of them writes is written.
+    #[must_use]
+    pub fn union(&self, other: &Self) -> Self {
+        let pages = |lists: [&[Pages]; 2]| -> BTreeSet<u64> {
+            lists
+                .into_iter()
+                .flatten()
+                .flat_map(|pages| pages.first..pages.first.saturating_add(pages.count))
+                .collect()
+        };
+        let written = pages([&self.written, &other.written]);
+        let mut set = Self::default();
+        for page in pages([&self.read, &other.read]).difference(&written) {
+            push(&mut set.read, *page);
+        }
+        for page in &written {
+            push(&mut set.written, *page);
+        }
+        set
+    }
+
     /// Number of pages written.
     #[must_use]
     pub fn written_pages(&self) -> u64 {
@@ -109,21 +131,16 @@ impl WorkingSet {
         })
     }
 
-    /// Makes the pages present in a clone's memory, those that will be written as copies of its own. A kernel before 5.14
+    /// Makes the pages that will be written present in a clone's memory, as copies of its own. Faulted in one by one, each
+    /// costs up to three faults of the host: one to read it, one to copy it, one to map the copy. A kernel before 5.14
     /// cannot, and a page outside memory is left out: what is missing is faulted in when it is needed.
-    pub fn populate(&self, memory: &GuestMemoryMmap) {
-        for (list, advice) in [
-            (&self.written, libc::MADV_POPULATE_WRITE),
-            (&self.read, libc::MADV_POPULATE_READ),
-        ] {
-            for pages in list {
-                for (_, address, bytes) in places(memory, *pages) {
-                    // SAFETY: the range lies in a live mapping of guest memory. The call makes its pages present and
-                    // changes no content.
-                    unsafe { libc::madvise(address.cast(), bytes, advice) };
-                }
-            }
-        }
+    pub fn populate_written(&self, memory: &GuestMemoryMmap) {
+        populate(memory, &self.written, libc::MADV_POPULATE_WRITE);
+    }
+
+    /// Makes the pages that will only be read present in a clone's memory; otherwise as [`WorkingSet::populate_written`].
+    pub fn populate_read(&self, memory: &GuestMemoryMmap) {
+        populate(memory, &self.read, libc::MADV_POPULATE_READ);
     }
 
     /// The pages as guest-physical ranges, address and size in bytes: those written, then those read.
@@ -134,6 +151,16 @@ impl WorkingSet {
             .flat_map(|pages| places(memory, *pages))
             .map(|(guest, _, bytes)| (guest, bytes as u64))
             .collect()
+    }
+}
+
+fn populate(memory: &GuestMemoryMmap, list: &[Pages], advice: libc::c_int) {
+    for pages in list {
+        for (_, address, bytes) in places(memory, *pages) {
+            // SAFETY: the range lies in a live mapping of guest memory. The call makes its pages present and changes no
+            // content.
+            unsafe { libc::madvise(address.cast(), bytes, advice) };
+        }
     }
 }
 
@@ -189,6 +216,28 @@ mod tests {
     }
 
     #[test]
+    fn what_one_of_two_writes_their_union_writes() {
+        let list = |ranges: &[(u64, u64)]| -> Vec<Pages> {
+            ranges
+                .iter()
+                .map(|&(first, count)| Pages { first, count })
+                .collect()
+        };
+        let one = WorkingSet {
+            written: list(&[(1, 2), (9, 1)]),
+            read: list(&[(3, 3)]),
+        };
+        let other = WorkingSet {
+            written: list(&[(3, 1)]),
+            read: list(&[(1, 1), (7, 1)]),
+        };
+        let both = one.union(&other);
+        assert_eq!(both.written, list(&[(1, 3), (9, 1)]));
+        assert_eq!(both.read, list(&[(4, 2), (7, 1)]));
+        assert_eq!(both, other.union(&one));
+    }
+
+    #[test]
     fn populated_pages_are_there_and_hold_what_the_file_holds() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(32 << 20).unwrap();
@@ -198,7 +247,8 @@ mod tests {
             written: vec![Pages { first: 7, count: 2 }],
             read: vec![Pages { first: 100, count: 1 }],
         };
-        set.populate(&memory);
+        set.populate_written(&memory);
+        set.populate_read(&memory);
         let there = WorkingSet::of(&memory).unwrap();
         assert_eq!(there.written, set.written);
         assert!(there.read_pages() >= 1);
