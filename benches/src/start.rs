@@ -2,13 +2,14 @@
 //! its end.
 
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
-use picovm_engine::Image;
+use picovm_engine::{ContainerOptions, Image, Pool};
 use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, Identity, Stream};
 use picovm_vmm::machine::Machine;
 use picovm_vmm::{ForkOptions, Outcome, Template, WorkingSet};
@@ -40,6 +41,7 @@ pub fn measure(
         Some(image) => Some(template(workspace, image, "distribution", report)?),
         None => None,
     };
+    let mut pool = Pool::new(&small, 1)?;
     let mut probes = vec![
         Probe::new(
             [("process_first_byte", Unit::Ms), ("process_exit", Unit::Ms)],
@@ -58,6 +60,10 @@ pub fn measure(
             Ok([fork(&small, None)?[2]])
         }),
         parked_probe(&small),
+        Probe::new(
+            [("engine_first_byte", Unit::Ms), ("engine_exit", Unit::Ms)],
+            || pooled(&mut pool),
+        ),
         run_probe(workspace, SMALL),
     ];
     if let Some(template) = &distribution {
@@ -229,6 +235,30 @@ fn parked(template: &Template) -> anyhow::Result<[f64; 5]> {
         (exits.port + exits.memory + exits.interrupted) as f64,
         owned as f64,
     ])
+}
+
+/// Starts a container through the engine, in a clone of its pool.
+fn pooled(pool: &mut Pool) -> anyhow::Result<[f64; 2]> {
+    pool.refill()?;
+    pool.wait_until_full(START_MAX)?;
+    std::thread::sleep(PARKED);
+
+    let null = std::fs::File::open("/dev/null")?;
+    let start = Instant::now();
+    let (mut output, theirs) = std::io::pipe()?;
+    let streams = [null.as_fd(), theirs.as_fd(), theirs.as_fd()];
+    let container = pool.start(&ContainerOptions::command(["echo", WORD]), streams)?;
+    drop(theirs);
+    let mut bytes = [0u8; 4096];
+    let count = output.read(&mut bytes)?;
+    let first = Instant::now();
+    let exit = container.wait()?;
+    let end = Instant::now();
+    check_output(bytes.get(..count).unwrap_or_default())?;
+    if exit != ContainerExit::Code(0) {
+        bail!("a container ended with {exit:?}");
+    }
+    Ok([ms(start, first), ms(start, end)])
 }
 
 fn identity() -> anyhow::Result<Identity> {

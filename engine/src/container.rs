@@ -47,6 +47,13 @@ impl ContainerOptions {
         }
     }
 
+    pub(crate) fn request(&self) -> Start {
+        Start {
+            spec: self.spec(),
+            hostname: self.hostname.clone(),
+        }
+    }
+
     fn spec(&self) -> ContainerSpec {
         let bytes = |strings: &[OsString]| strings.iter().map(|string| string.clone().into_vec()).collect();
         ContainerSpec {
@@ -56,6 +63,79 @@ impl ContainerOptions {
             user: self.user.clone().into_vec(),
             stdin: self.stdin,
         }
+    }
+}
+
+/// What a container is started with.
+pub(crate) struct Start {
+    /// What to run.
+    pub(crate) spec: ContainerSpec,
+    /// Host name; the container's id if there is none.
+    pub(crate) hostname: Option<String>,
+}
+
+/// A container that has an id and an identity, and no clone yet.
+struct Identified {
+    id: String,
+    identity: Vec<u8>,
+    session: Session,
+    stdin: bool,
+}
+
+impl Identified {
+    fn new(template: &Template, start: Start) -> Result<Self, EngineError> {
+        let mut entropy = [0u8; 32];
+        fill_random(&mut entropy)?;
+        let mut id = [0u8; 6];
+        fill_random(&mut id)?;
+        let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+        let stdin = start.spec.stdin;
+        let mut identity = Identity {
+            hostname: start.hostname.unwrap_or_else(|| id.clone()),
+            id: id.clone(),
+            entropy,
+            realtime_ns: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)),
+            container: Some(start.spec),
+        };
+        let mut session = Session::default();
+        let bytes = match identity.encode(template.identity_area()) {
+            Err(IdentityError::TooLarge { .. }) => {
+                // It goes over the connection instead: slower, but as large as exec takes.
+                if let Some(spec) = identity.container.take() {
+                    session.send_spec(&spec)?;
+                }
+                identity.encode(template.identity_area())
+            }
+            encoded => encoded,
+        }
+        .map_err(|error| EngineError::host("encode the clone's identity")(io::Error::other(error)))?;
+        Ok(Self {
+            id,
+            identity: bytes,
+            session,
+            stdin,
+        })
+    }
+
+    /// Lets a clone run that has this identity.
+    fn run(self, mut machine: Machine) -> Result<Container, EngineError> {
+        let connection = machine
+            .take_connection()
+            .ok_or_else(|| EngineError::host("connect to the clone")(io::ErrorKind::NotConnected.into()))?;
+        connection
+            .set_nonblocking(true)
+            .map_err(EngineError::host("set up the control connection"))?;
+        machine.start()?;
+        tracing::info!(id = self.id, "container started");
+        Ok(Container {
+            machine,
+            connection,
+            session: self.session,
+            stdin: self.stdin,
+            id: self.id,
+        })
     }
 }
 
@@ -74,58 +154,27 @@ impl Container {
     /// # Errors
     /// [`EngineError::Template`], [`EngineError::Machine`] for what the host refuses.
     pub fn start(template: &Template, options: &ContainerOptions) -> Result<Self, EngineError> {
-        let mut entropy = [0u8; 32];
-        fill_random(&mut entropy)?;
-        let mut id = [0u8; 6];
-        fill_random(&mut id)?;
-        let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-
-        let mut identity = Identity {
-            hostname: options.hostname.clone().unwrap_or_else(|| id.clone()),
-            id: id.clone(),
-            entropy,
-            realtime_ns: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)),
-            container: Some(options.spec()),
-        };
-        let mut session = Session::default();
-        let bytes = match identity.encode(template.identity_area()) {
-            Err(IdentityError::TooLarge { .. }) => {
-                // It goes over the connection instead: slower, but as large as exec takes.
-                if let Some(spec) = identity.container.take() {
-                    session.send_spec(&spec)?;
-                }
-                identity.encode(template.identity_area())
-            }
-            encoded => encoded,
-        }
-        .map_err(|error| EngineError::host("encode the clone's identity")(io::Error::other(error)))?;
-
-        let fork = ForkOptions {
-            identity: bytes,
+        let mut identified = Identified::new(template, options.request())?;
+        let machine = template.fork(ForkOptions {
+            identity: std::mem::take(&mut identified.identity),
             disks: Vec::new(),
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
-        };
-        let mut machine = template.fork(fork)?;
+        })?;
         if let Some(set) = template.working_set() {
             set.populate_written(machine.memory());
         }
-        let connection = machine
-            .take_connection()
-            .ok_or_else(|| EngineError::host("connect to the clone")(io::ErrorKind::NotConnected.into()))?;
-        connection
-            .set_nonblocking(true)
-            .map_err(EngineError::host("set up the control connection"))?;
-        machine.start()?;
-        tracing::info!(id, template = template.id(), "container started");
-        Ok(Self {
-            machine,
-            connection,
-            session,
-            stdin: options.stdin,
-            id,
-        })
+        identified.run(machine)
+    }
+
+    /// Gives a clone, which was forked without an identity and stands at its freeze point, its identity and lets it run.
+    pub(crate) fn start_parked(
+        template: &Template,
+        machine: Machine,
+        start: Start,
+    ) -> Result<Self, EngineError> {
+        let identified = Identified::new(template, start)?;
+        template.write_identity(&machine, &identified.identity)?;
+        identified.run(machine)
     }
 
     /// Its id, 12 hexadecimal digits.

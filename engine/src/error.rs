@@ -106,6 +106,22 @@ pub enum EngineError {
         /// Its last console output.
         tail: String,
     },
+    /// A size that no pool can have.
+    #[error("a pool of {0} clones cannot be made: 1 to {max} are possible", max = crate::pool::POOL_MAX)]
+    PoolSize(usize),
+    /// There is no program for VMM processes.
+    #[error(
+        "there is no picovm-vmm, which runs the clones of a pool (looked at {}): `make build` puts it beside picovm, \
+         or PICOVM_VMM names it",
+        looked.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
+    NoVmm {
+        /// Where it was looked for.
+        looked: Vec<PathBuf>,
+    },
+    /// A VMM process of a pool failed.
+    #[error("a clone of the pool failed: {0}")]
+    Vmm(String),
     /// What the agent sends makes no sense.
     #[error("the clone's agent broke the protocol: {0}")]
     Protocol(#[from] FrameError),

@@ -5,6 +5,7 @@ mod clones;
 mod doctor;
 mod faults;
 mod machine;
+mod pool;
 mod run;
 mod separate;
 mod templates;

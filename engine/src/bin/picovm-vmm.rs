@@ -1,0 +1,38 @@
+//! `picovm-vmm TEMPLATE`: the fork server of a pool, started by it with a socket as standard input. Each child of it is the
+//! VMM process of one clone. Not to be called by people.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    let (Some(template), None) = (arguments.next().map(PathBuf::from), arguments.next()) else {
+        return usage();
+    };
+    let input = std::io::stdin();
+    if input.is_terminal() {
+        return usage();
+    }
+    // The socket is the server's alone: its children must not keep it open as their standard input.
+    let taken = rustix::io::fcntl_dupfd_cloexec(&input, 3).and_then(|control| {
+        let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty())?;
+        rustix::stdio::dup2_stdin(null)?;
+        Ok(control)
+    });
+    let Ok(control) = taken else {
+        return usage();
+    };
+    match picovm_engine::serve_pool(&template, control) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("picovm-vmm: {error}");
+            ExitCode::from(125)
+        }
+    }
+}
+
+fn usage() -> ExitCode {
+    eprintln!("picovm-vmm serves a pool, which starts it; to run a container, see `picovm run --help`");
+    ExitCode::from(125)
+}

@@ -1,0 +1,277 @@
+//! Pools: clones of one template, each forked, prefaulted and parked in a VMM process of its own ahead of the request, so that
+//! starting a container is no more than giving a clone its identity and letting it run.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use picovm_guest_protocol::ContainerExit;
+use picovm_vmm::Template;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::container::ContainerOptions;
+use crate::error::EngineError;
+use crate::messages::{self, FromVmm, ToServer, ToVmm};
+
+/// Environment variable that names another `picovm-vmm`.
+pub const VMM_VARIABLE: &str = "PICOVM_VMM";
+const PROGRAM: &str = "picovm-vmm";
+/// Most clones that a pool keeps.
+pub const POOL_MAX: usize = 1024;
+
+/// A pool of parked clones. Dropping it ends them; containers that were started go on.
+pub struct Pool {
+    control: UnixStream,
+    server: Child,
+    size: usize,
+    /// VMM processes that were asked for, in the order of the requests; those at the front are parked first.
+    waiting: VecDeque<Waiting>,
+}
+
+struct Waiting {
+    socket: UnixStream,
+    parked: bool,
+}
+
+fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
+    EngineError::host(attempted)
+}
+
+impl Pool {
+    /// A pool of `size` clones, 1 to [`POOL_MAX`], of a template. They are parked in the background.
+    ///
+    /// # Errors
+    /// [`EngineError::PoolSize`], [`EngineError::NoVmm`] if there is no `picovm-vmm`, [`EngineError::Host`].
+    pub fn new(template: &Template, size: usize) -> Result<Self, EngineError> {
+        if !(1..=POOL_MAX).contains(&size) {
+            return Err(EngineError::PoolSize(size));
+        }
+        let (control, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
+        let server = Command::new(find_program()?)
+            .arg(template.path())
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(failed("start picovm-vmm, the fork server of a pool"))?;
+        let mut pool = Self {
+            control,
+            server,
+            size,
+            waiting: VecDeque::with_capacity(size),
+        };
+        pool.refill()?;
+        Ok(pool)
+    }
+
+    /// Asks for the clones that are missing, for those that were started. They are parked in the background, so this is best
+    /// called when nobody waits for anything.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if the fork server has ended.
+    pub fn refill(&mut self) -> Result<(), EngineError> {
+        while self.waiting.len() < self.size {
+            let (ours, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
+            messages::send(&self.control, &ToServer::Fork, &[theirs.as_fd()])
+                .map_err(failed("ask the fork server of a pool for a clone"))?;
+            self.waiting.push_back(Waiting {
+                socket: ours,
+                parked: false,
+            });
+        }
+        Ok(())
+    }
+
+    /// Changes how many clones are kept, 1 to [`POOL_MAX`]: those that are missing are parked in the background, those that
+    /// are too many end.
+    ///
+    /// # Errors
+    /// As [`Pool::new`].
+    pub fn resize(&mut self, size: usize) -> Result<(), EngineError> {
+        if !(1..=POOL_MAX).contains(&size) {
+            return Err(EngineError::PoolSize(size));
+        }
+        self.size = size;
+        self.waiting.truncate(size);
+        self.refill()
+    }
+
+    /// Waits until every clone of the pool is parked.
+    ///
+    /// # Errors
+    /// [`EngineError::Vmm`] if one cannot be, [`EngineError::Host`] if `timeout` passes before.
+    pub fn wait_until_full(&mut self, timeout: Duration) -> Result<(), EngineError> {
+        for index in 0..self.waiting.len() {
+            self.wait_until_parked(index, timeout)?;
+        }
+        Ok(())
+    }
+
+    fn wait_until_parked(&mut self, index: usize, timeout: Duration) -> Result<(), EngineError> {
+        let Some(waiting) = self.waiting.get_mut(index).filter(|waiting| !waiting.parked) else {
+            return Ok(());
+        };
+        let told = wait_readable(&waiting.socket, timeout).and_then(|()| messages::receive(&waiting.socket));
+        match told {
+            Ok(Some((FromVmm::Parked, _))) => {
+                waiting.parked = true;
+                return Ok(());
+            }
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                return Err(failed("wait for a clone to be parked")(error));
+            }
+            _ => {}
+        }
+        // It is of no use any more; the next request for a clone may have better luck.
+        self.waiting.remove(index);
+        Err(EngineError::Vmm(match told {
+            Ok(Some((FromVmm::Failed(reason), _))) => reason,
+            Err(error) => error.to_string(),
+            Ok(_) => self.last_words(),
+        }))
+    }
+
+    /// What the fork server said before it ended, if it has.
+    fn last_words(&self) -> String {
+        let told = wait_readable(&self.control, Duration::from_millis(200))
+            .and_then(|()| messages::receive::<FromVmm>(&self.control));
+        match told {
+            Ok(Some((FromVmm::Failed(reason), _))) => reason,
+            _ => "its VMM process has ended".into(),
+        }
+    }
+
+    /// Starts a container in a parked clone, or in the next one that is parked if there is none. Call [`Pool::refill`] when it
+    /// is under way. Its standard streams are
+    /// these descriptors; [`ContainerOptions::stdin`] says whether the first one is read.
+    ///
+    /// # Errors
+    /// [`EngineError::Vmm`] if no clone can be parked, [`EngineError::Host`]; the pool can be used further.
+    pub fn start(
+        &mut self,
+        options: &ContainerOptions,
+        streams: [BorrowedFd<'_>; 3],
+    ) -> Result<PooledContainer, EngineError> {
+        let start = options.request();
+        let message = ToVmm::Start {
+            spec: start.spec,
+            hostname: start.hostname,
+        };
+        loop {
+            if self.waiting.is_empty() {
+                self.refill()?;
+            }
+            self.wait_until_parked(0, PARKING_MAX)?;
+            let Some(vmm) = self.waiting.pop_front() else {
+                continue;
+            };
+            match messages::send(&vmm.socket, &message, &streams) {
+                Ok(()) => return Ok(PooledContainer { socket: vmm.socket }),
+                // A parked clone whose process was killed: the next one will do.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                    ) => {}
+                Err(error) => return Err(failed("start a container in a parked clone")(error)),
+            }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.waiting.clear();
+        // The server ends when this is closed.
+        let _ = self.control.shutdown(std::net::Shutdown::Both);
+        let _ = self.server.wait();
+    }
+}
+
+/// How long a request waits for a clone to be parked.
+const PARKING_MAX: Duration = Duration::from_secs(30);
+
+/// A container that was started from a pool. Dropping it ends it.
+pub struct PooledContainer {
+    socket: UnixStream,
+}
+
+impl PooledContainer {
+    /// Delivers a signal to the container.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if its VMM process has ended.
+    pub fn signal(&self, signal: u8) -> Result<(), EngineError> {
+        messages::send(&self.socket, &ToVmm::Signal(signal), &[]).map_err(failed("signal a container"))
+    }
+
+    /// Ends the container's clone at once; it counts as ended by this signal.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if its VMM process has ended.
+    pub fn kill(&self, signal: u8) -> Result<(), EngineError> {
+        messages::send(&self.socket, &ToVmm::Kill(signal), &[]).map_err(failed("end a container"))
+    }
+
+    /// Waits until the container has ended and every byte of its output is out.
+    ///
+    /// # Errors
+    /// [`EngineError::Vmm`] if its clone ended before it told how the container did.
+    pub fn wait(self) -> Result<ContainerExit, EngineError> {
+        match messages::receive(&self.socket) {
+            Ok(Some((FromVmm::Exit(exit), _))) => Ok(exit),
+            Ok(Some((FromVmm::Failed(reason), _))) => Err(EngineError::Vmm(reason)),
+            Ok(Some((FromVmm::Parked, _)) | None) => {
+                Err(EngineError::Vmm("its VMM process has ended".into()))
+            }
+            Err(error) => Err(EngineError::Vmm(error.to_string())),
+        }
+    }
+}
+
+impl AsFd for PooledContainer {
+    /// Readable when the container has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn wait_readable(socket: &UnixStream, timeout: Duration) -> io::Result<()> {
+    let timeout = Timespec {
+        tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(timeout.subsec_nanos()),
+    };
+    loop {
+        match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Looks in `PICOVM_VMM` if it is set, else beside the running program and where an installation puts it.
+fn find_program() -> Result<PathBuf, EngineError> {
+    let places = match std::env::var_os(VMM_VARIABLE).filter(|path| !path.is_empty()) {
+        Some(path) => vec![PathBuf::from(path)],
+        None => std::env::current_exe()
+            .ok()
+            .and_then(|program| program.parent().map(Path::to_owned))
+            .map(|beside| {
+                // Tests lie one directory deeper than the programs.
+                ["", "..", "../lib/picovm"]
+                    .map(|place| beside.join(place).join(PROGRAM))
+                    .to_vec()
+            })
+            .unwrap_or_default(),
+    };
+    places
+        .iter()
+        .find(|path| path.is_file())
+        .cloned()
+        .ok_or(EngineError::NoVmm { looked: places })
+}

@@ -1,0 +1,138 @@
+//! The VMM process of one container, and the fork server of which it is a child.
+//!
+//! The server opens a template once and then only forks: a VMM process is a `fork(2)` of a process that has everything
+//! open, and no `execve(2)`. Each parks a clone, tells so, and waits. It ends with its container, or when nobody is left
+//! who could start it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use picovm_vmm::{ForkOptions, Template};
+
+use crate::attach::{Interruption, Stdio};
+use crate::container::{Container, Start};
+use crate::error::EngineError;
+use crate::messages::{self, FromVmm, ToServer, ToVmm};
+
+/// Serves a pool of one template: forks a VMM process whenever the pool asks for one, until the pool closes `control`.
+///
+/// To be called by a process that has one thread and nothing else to do: `picovm-vmm`.
+///
+/// # Errors
+/// [`EngineError::Template`] if the template cannot be opened; [`EngineError::Host`].
+pub fn serve(template: &Path, control: OwnedFd) -> Result<(), EngineError> {
+    let failed = EngineError::host;
+    // Out of the terminal's process group: Ctrl-C is for who uses the pool.
+    let _ = rustix::process::setsid();
+    // Children are reaped by the kernel.
+    // SAFETY: SIG_IGN is a valid disposition, and this process has one thread.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    let control = UnixStream::from(control);
+    let template = match Template::open(template) {
+        Ok(template) => template,
+        Err(error) => {
+            let _ = messages::send(&control, &FromVmm::Failed(error.to_string()), &[]);
+            return Err(error.into());
+        }
+    };
+    while let Some((ToServer::Fork, descriptors)) =
+        messages::receive(&control).map_err(failed("receive from the pool"))?
+    {
+        let Some(socket) = descriptors.into_iter().next() else {
+            continue;
+        };
+        // SAFETY: this process has one thread, so its child may do whatever it may.
+        match unsafe { libc::fork() } {
+            -1 => {
+                let error = io::Error::last_os_error();
+                let reason = format!("cannot fork a VMM process: {error}");
+                // Without the answer the pool sees that the socket is closed.
+                let _ = messages::send(&UnixStream::from(socket), &FromVmm::Failed(reason), &[]);
+            }
+            0 => {
+                drop(control);
+                be_vmm(&template, &UnixStream::from(socket));
+                // SAFETY: ends this process at once; what it shares with its parent needs none of its destructors.
+                unsafe { libc::_exit(0) }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The life of a VMM process.
+fn be_vmm(template: &Template, socket: &UnixStream) {
+    if let Err(error) = park_and_run(template, socket) {
+        // Who does not listen any more does not need to know.
+        let _ = messages::send(socket, &FromVmm::Failed(error.to_string()), &[]);
+    }
+}
+
+/// Forks a clone, parks it, and runs the container that comes, if one does.
+fn park_and_run(template: &Template, socket: &UnixStream) -> Result<(), EngineError> {
+    let failed = EngineError::host;
+    let machine = {
+        let _batch = Batch::begin();
+        let mut machine = template.fork(ForkOptions::default())?;
+        if let Some(set) = template.working_set() {
+            machine.prefault(set)?;
+        }
+        machine
+    };
+    messages::send(socket, &FromVmm::Parked, &[]).map_err(failed("tell the pool of a parked clone"))?;
+
+    let start = messages::receive(socket).map_err(failed("receive what to run"))?;
+    let Some((ToVmm::Start { spec, hostname }, descriptors)) = start else {
+        return Ok(());
+    };
+    let Ok([stdin, stdout, stderr]) = <[OwnedFd; 3]>::try_from(descriptors) else {
+        let error = io::ErrorKind::InvalidData.into();
+        return Err(failed("take the container's standard streams")(error));
+    };
+    let mut container = Container::start_parked(template, machine, Start { spec, hostname })?;
+    let stdio = Stdio {
+        stdin: stdin.as_fd(),
+        stdout: stdout.as_fd(),
+        stderr: stderr.as_fd(),
+        wake: Some(socket.as_fd()),
+        deadline: None,
+    };
+    let exit = container.serve(stdio, &mut |_| {
+        Some(match messages::receive::<ToVmm>(socket) {
+            Ok(Some((ToVmm::Signal(signal), _))) => Interruption::Signal(signal),
+            Ok(Some((ToVmm::Kill(signal), _))) => Interruption::Kill(signal),
+            // Nobody is left who could want the container, or who can be understood.
+            Ok(Some((ToVmm::Start { .. }, _)) | None) | Err(_) => Interruption::Kill(9),
+        })
+    })?;
+    // Its streams end with it. They must not stay open while the clone is torn down, which takes longer than all the rest.
+    drop((stdin, stdout, stderr));
+    let _ = messages::send(socket, &FromVmm::Exit(exit), &[]);
+    Ok(())
+}
+
+/// While it lives this thread does not push others aside when it wakes: parking a clone must not hold up one that starts.
+/// Threads that it makes are not affected.
+struct Batch;
+
+impl Batch {
+    fn begin() -> Self {
+        set_policy(libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK);
+        Self
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        set_policy(libc::SCHED_OTHER);
+    }
+}
+
+fn set_policy(policy: libc::c_int) {
+    let none = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the structure is initialised and outlives the call. A host that refuses it only makes parking less polite.
+    unsafe { libc::sched_setscheduler(0, policy, &raw const none) };
+}

@@ -1,0 +1,203 @@
+//! Pools of parked clones, each in a VMM process of its own.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use picovm_engine::{ContainerExit, ContainerOptions, EngineError, Pool, PooledContainer};
+
+use crate::template;
+
+/// These tests count processes, so one at a time.
+static ONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const PARKING: Duration = Duration::from_secs(60);
+
+/// A container of the pool and the reading ends of its output.
+struct Started {
+    container: PooledContainer,
+    stdout: std::io::PipeReader,
+    stderr: std::io::PipeReader,
+}
+
+fn start_with(pool: &mut Pool, options: &ContainerOptions, stdin: &impl AsFd) -> Started {
+    let (stdout, theirs) = std::io::pipe().unwrap();
+    let (stderr, errors) = std::io::pipe().unwrap();
+    let container = pool
+        .start(options, [stdin.as_fd(), theirs.as_fd(), errors.as_fd()])
+        .unwrap();
+    Started {
+        container,
+        stdout,
+        stderr,
+    }
+}
+
+fn start(pool: &mut Pool, script: &str) -> Started {
+    let null = std::fs::File::open("/dev/null").unwrap();
+    start_with(pool, &ContainerOptions::command(["sh", "-c", script]), &null)
+}
+
+impl Started {
+    fn end(mut self) -> (String, String, ContainerExit) {
+        let exit = self.container.wait().unwrap();
+        let (mut output, mut errors) = (String::new(), String::new());
+        self.stdout.read_to_string(&mut output).unwrap();
+        self.stderr.read_to_string(&mut errors).unwrap();
+        (output, errors, exit)
+    }
+}
+
+/// Fork servers and VMM processes that there are: id and parent's id.
+fn vmm_processes() -> Vec<(i32, i32)> {
+    let describe = |entry: std::fs::DirEntry| {
+        let pid = entry.file_name().to_string_lossy().parse().ok()?;
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        let program = line.split(|&byte| byte == 0).next()?;
+        let status = std::fs::read_to_string(entry.path().join("status")).ok()?;
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+        program
+            .ends_with(b"picovm-vmm")
+            .then_some((pid, parent.trim().parse().ok()?))
+    };
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(describe)
+        .collect()
+}
+
+fn gone_within(limit: Duration) -> bool {
+    let start = Instant::now();
+    while !vmm_processes().is_empty() {
+        if start.elapsed() > limit {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    true
+}
+
+#[test]
+fn containers_start_in_parked_clones_and_are_separate() {
+    let _alone = alone();
+    let mut pool = Pool::new(template(), 3).unwrap();
+    pool.wait_until_full(PARKING).unwrap();
+    // The fork server and three parked clones.
+    assert_eq!(vmm_processes().len(), 4);
+    let script = "cat /proc/sys/kernel/random/uuid; hostname; cat /root/mark; echo mark > /root/mark; exit 4";
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..7 {
+        let (output, errors, exit) = start(&mut pool, script).end();
+        assert_eq!(exit, ContainerExit::Code(4), "{errors}");
+        assert!(errors.contains("/root/mark"), "{errors}");
+        let words: Vec<&str> = output.split_whitespace().collect();
+        assert_eq!(words.len(), 2, "{output}");
+        assert!(
+            words.iter().all(|word| seen.insert((*word).to_owned())),
+            "{output}"
+        );
+        pool.refill().unwrap();
+    }
+    drop(pool);
+    assert!(gone_within(Duration::from_secs(20)));
+}
+
+#[test]
+fn standard_input_reaches_a_container_of_a_pool() {
+    let _alone = alone();
+    let mut pool = Pool::new(template(), 1).unwrap();
+    let (stdin, mut ours) = std::io::pipe().unwrap();
+    let options = ContainerOptions {
+        stdin: true,
+        hostname: Some("pooled".into()),
+        ..ContainerOptions::command(["sh", "-c", "hostname; wc -c"])
+    };
+    let started = start_with(&mut pool, &options, &stdin);
+    drop(stdin);
+    let writer = std::thread::spawn(move || ours.write_all(&vec![b'x'; 1_000_000]).unwrap());
+    let (output, _, exit) = started.end();
+    writer.join().unwrap();
+    assert_eq!(
+        (output.as_str(), exit),
+        ("pooled\n1000000\n", ContainerExit::Code(0))
+    );
+}
+
+#[test]
+fn a_container_of_a_pool_can_be_signalled_and_ended() {
+    let _alone = alone();
+    let mut pool = Pool::new(template(), 1).unwrap();
+    let ready = |started: &mut Started| {
+        let mut said = [0u8; 3];
+        started.stdout.read_exact(&mut said).unwrap();
+    };
+    let mut handles = start(
+        &mut pool,
+        "trap 'echo stopping; exit 3' TERM; echo up; while :; do sleep 0.1; done",
+    );
+    ready(&mut handles);
+    handles.container.signal(15).unwrap();
+    let (output, _, exit) = handles.end();
+    assert_eq!((output.as_str(), exit), ("stopping\n", ContainerExit::Code(3)));
+
+    let mut ignores = start(&mut pool, "trap '' TERM; echo up; while :; do sleep 0.1; done");
+    ready(&mut ignores);
+    ignores.container.kill(9).unwrap();
+    assert_eq!(ignores.end().2, ContainerExit::Signal(9));
+
+    // One that nobody holds any more ends, and so does everything else with the pool.
+    let mut forgotten = start(&mut pool, "echo up; sleep 1000");
+    ready(&mut forgotten);
+    drop(forgotten);
+    drop(pool);
+    assert!(gone_within(Duration::from_secs(20)));
+}
+
+#[test]
+fn a_pool_survives_the_death_of_a_parked_clone() {
+    let _alone = alone();
+    let mut pool = Pool::new(template(), 2).unwrap();
+    pool.wait_until_full(PARKING).unwrap();
+    let processes = vmm_processes();
+    let is_vmm = |id: i32| processes.iter().any(|(other, _)| *other == id);
+    // The server's parent is this test.
+    let (victim, _) = *processes.iter().find(|(_, parent)| is_vmm(*parent)).unwrap();
+    // SAFETY: a plain system call on a child of the fork server that this test has started.
+    assert_eq!(unsafe { libc::kill(victim, libc::SIGKILL) }, 0);
+    std::thread::sleep(Duration::from_millis(300));
+    for _ in 0..3 {
+        let (output, _, _) = start(&mut pool, "echo alive").end();
+        assert_eq!(output, "alive\n");
+    }
+}
+
+#[test]
+fn what_cannot_be_a_pool_is_refused_with_the_reason() {
+    let _alone = alone();
+    for size in [0, 5000] {
+        let error = Pool::new(template(), size).err().unwrap();
+        assert!(error.to_string().contains("1 to 1024"), "{error}");
+    }
+    // A template that is gone by the time the fork server opens it.
+    let own = picovm_tests::OwnStore::new().unwrap();
+    let spec = picovm_engine::TemplateSpec {
+        memory_mib: 64,
+        ..picovm_engine::TemplateSpec::new(own.image().unwrap())
+    };
+    let opened = own.store.template(&spec, &mut |_| {}).unwrap();
+    std::fs::remove_file(opened.path().join("state")).unwrap();
+    let mut pool = Pool::new(&opened, 1).unwrap();
+    let error = pool.wait_until_full(PARKING).unwrap_err();
+    assert!(
+        matches!(&error, EngineError::Vmm(reason) if reason.contains("state")),
+        "{error}"
+    );
+    drop(pool);
+    assert!(gone_within(Duration::from_secs(20)));
+}
