@@ -16,7 +16,7 @@ use crate::workspace::Workspace;
 /// Memory of every machine that is measured, in MiB.
 pub const MEMORY_MIB: u64 = 128;
 /// A boot that takes longer has gone wrong.
-const BOOT_MAX: Duration = Duration::from_secs(2);
+const BOOT_MAX: Duration = Duration::from_secs(5);
 const DISCARDED: u32 = 2;
 /// First argument of this program as a process that boots a machine and ends with it.
 const BOOT_AND_EXIT: &str = "boot-and-exit";

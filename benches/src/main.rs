@@ -5,8 +5,11 @@
 //! no shared file system is measured.
 
 mod boot;
+mod density;
+mod floor;
 mod guest;
 mod host;
+mod oci;
 mod process;
 mod report;
 mod rounds;
@@ -40,6 +43,9 @@ struct Arguments {
     /// Rounds that count, of starts; of boots it is a fifth of them
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     rounds: u32,
+    /// Clones whose memory is measured
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    clones: u32,
 }
 
 fn main() {
@@ -60,7 +66,15 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut report = Report::new(&workspace)?;
 
     boot::measure(&workspace, &selection, (arguments.rounds / 5).max(1), &mut report)?;
-    start::measure(&workspace, &selection, arguments.rounds, &mut report)?;
+    let template = start::measure(&workspace, &selection, arguments.rounds, &mut report)?;
+    if workspace.has_shell
+        && let Err(error) = density::measure(&template, arguments.clones, &selection, &mut report)
+    {
+        // The other figures are not lost for it.
+        let failure = format!("density: {error:#}");
+        eprintln!("warning: {failure}");
+        report.failures.push(failure);
+    }
 
     if report.measures.is_empty() {
         anyhow::bail!(

@@ -108,7 +108,7 @@ impl Report {
         }
         for failure in &self.failures {
             table.push_str(&format!(
-                "failed and done again: {}\n",
+                "failed: {}\n",
                 failure.lines().next().unwrap_or_default()
             ));
         }

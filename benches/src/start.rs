@@ -15,10 +15,11 @@ use picovm_vmm::machine::Machine;
 use picovm_vmm::{ForkOptions, Outcome, Template, WorkingSet};
 
 use crate::boot::{self, MEMORY_MIB};
-use crate::process;
+use crate::oci::Runtime;
 use crate::report::{Report, Unit};
 use crate::rounds::{self, Probe, Selection, ms};
 use crate::workspace::{DISTRIBUTION, SMALL, Workspace};
+use crate::{floor, process};
 
 const DISCARDED: u32 = 5;
 /// How long a clone is parked before it is started.
@@ -29,13 +30,13 @@ const START_MAX: Duration = Duration::from_secs(10);
 const STARTS_RECORDED: u32 = 3;
 const WORD: &str = "hello";
 
-/// Measures it all.
+/// Measures it all; gives the template of the small image.
 pub fn measure(
     workspace: &Workspace,
     selection: &Selection,
     rounds: u32,
     report: &mut Report,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Template> {
     let small = template(workspace, &workspace.small, "small", report)?;
     let distribution = match &workspace.distribution {
         Some(image) => Some(template(workspace, image, "distribution", report)?),
@@ -54,6 +55,7 @@ pub fn measure(
             drop(template);
             Ok([ms(start, end)])
         }),
+        Probe::new([("kvm_floor", Unit::Ms)], || floor::measure(&small)),
         Probe::new([("fork_freeze_again", Unit::Ms)], || freeze_again(&small)),
         fork_probe(&small),
         Probe::new([("fork_unpopulated_exit", Unit::Ms)], || {
@@ -66,11 +68,21 @@ pub fn measure(
         ),
         run_probe(workspace, SMALL),
     ];
+    for (name, prefix) in [("crun", "crun_"), ("runc", "runc_")] {
+        let root = workspace.path("image");
+        let Some(mut runtime) = Runtime::find(name, &workspace.path(""), &root, ["/bin/echo", WORD])? else {
+            eprintln!("{name} is not installed: measuring without it");
+            continue;
+        };
+        let measures = [("first_byte", Unit::Ms), ("exit", Unit::Ms)];
+        probes.push(Probe::new(measures, move || process(&mut runtime.run())).named(prefix));
+    }
     if let Some(template) = &distribution {
         probes.push(fork_probe(template).named("debian_"));
         probes.push(run_probe(workspace, DISTRIBUTION).named("debian_"));
     }
-    rounds::measure("starts", probes, selection, (DISCARDED, rounds), report)
+    rounds::measure("starts", probes, selection, (DISCARDED, rounds), report)?;
+    Ok(small)
 }
 
 fn template(

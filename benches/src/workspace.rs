@@ -44,6 +44,8 @@ pub struct Workspace {
     pub distribution: Option<Image>,
     /// The image [`SMALL`].
     pub small: Image,
+    /// Whether its `sh` is a shell.
+    pub has_shell: bool,
     /// Firecracker, if there is one to compare with.
     pub firecracker: Option<PathBuf>,
     /// What it says its version is.
@@ -87,7 +89,9 @@ impl Workspace {
             None => (None, None),
         };
 
-        let program = static_busybox().unwrap_or(this);
+        let busybox = static_busybox();
+        let has_shell = busybox.is_some();
+        let program = busybox.unwrap_or(this);
         let echo = copy(&program, at("image/bin/echo"))?;
         symlink("echo", at("image/bin/sh")).context("cannot make the image's sh")?;
         let store = Store::open(&at("store"))?;
@@ -106,6 +110,7 @@ impl Workspace {
             store,
             distribution,
             small,
+            has_shell,
             firecracker,
             firecracker_version,
             directory,
