@@ -99,7 +99,7 @@ pub fn measure(
         stop_at_base: true,
         ..real.clone()
     };
-    let of_base = rounds::persist("the base", report, || {
+    let of_base = rounds::persist("the base", report, rounds::FAILURES_MAX, || {
         let directory = workspace.path("base");
         let mut booted = boot(&base)?;
         Ok(booted.machine.freeze(&directory, &FreezeOptions::default())?)

@@ -9,9 +9,9 @@ use crate::report::{Report, Unit};
 /// Lets what the last probe left behind (the teardown of a VM waits for grace periods) end before the next begins.
 const SETTLE: Duration = Duration::from_millis(50);
 
-/// How often a probe may fail in a run. What failed is told and done again: a guest that hangs once in hundreds of
+/// How often something may fail in a run before it is given up. What failed is told and done again: a guest that hangs once in hundreds of
 /// boots is to be seen in the report and not to cost all the other figures.
-const FAILURES_MAX: usize = 5;
+pub const FAILURES_MAX: usize = 3;
 
 /// Milliseconds from one moment to another.
 pub fn ms(from: Instant, to: Instant) -> f64 {
@@ -22,12 +22,15 @@ pub fn ms(from: Instant, to: Instant) -> f64 {
 pub fn persist<T>(
     what: &str,
     report: &mut Report,
+    attempts: usize,
     mut attempt: impl FnMut() -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
+    let mut failures = 0;
     loop {
         match attempt() {
             Ok(value) => return Ok(value),
-            Err(error) if report.failures.len() < FAILURES_MAX => {
+            Err(error) if failures + 1 < attempts => {
+                failures += 1;
                 let failure = format!("{what}: {error:#}");
                 eprintln!("warning: done again: {failure}");
                 report.failures.push(failure);
@@ -105,10 +108,22 @@ pub fn measure(
         .collect();
     for round in 0..discarded + rounds {
         for (probe, series) in probes.iter_mut().zip(&mut series) {
+            if probe.measures.is_empty() {
+                continue;
+            }
             std::thread::sleep(SETTLE);
             let Probe { measures, run } = probe;
             let name = measures.first().map_or("", |(name, _)| name);
-            let values = persist(name, report, run)?;
+            let values = match persist(name, report, FAILURES_MAX, run) {
+                Ok(values) => values,
+                Err(error) => {
+                    // It is left out; the other figures are not lost for it.
+                    eprintln!("warning: not measured: {error:#}");
+                    report.failures.push(format!("not measured: {error:#}"));
+                    measures.clear();
+                    continue;
+                }
+            };
             if round >= discarded {
                 for (series, value) in series.iter_mut().zip(values) {
                     series.push(value);

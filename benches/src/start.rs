@@ -91,7 +91,7 @@ fn template(
     name: &str,
     report: &mut Report,
 ) -> anyhow::Result<Template> {
-    rounds::persist("the template", report, || {
+    rounds::persist("the template", report, rounds::FAILURES_MAX, || {
         let mut template = boot::build_template(workspace, &image.file, &workspace.path(name))?;
         let set = (0..STARTS_RECORDED).try_fold(WorkingSet::default(), |set, _| {
             anyhow::Ok(set.union(&record(&template)?))
