@@ -2,7 +2,6 @@
 //! shortest way, and run to the first exit.
 
 use std::fs::File;
-use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -20,12 +19,12 @@ const OUT: u16 = u16::from_le_bytes([0xe6, 0x80]);
 
 /// From nothing to the first exit of one vCPU. Opening KVM and reading its CPUID, once for many VMs, is not counted.
 pub fn measure(template: &Template) -> anyhow::Result<[f64; 1]> {
-    let file = Arc::new(File::open(template.path().join("memory"))?);
+    let file = File::open(template.path().join("memory"))?;
     let kvm = Kvm::new()?;
     let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)?;
 
     let start = Instant::now();
-    let memory = memory::private(template.metadata().memory_mib, file)?;
+    let memory = memory::private(template.metadata().memory_mib, &file)?;
     let vm = kvm.create_vm()?;
     for (slot, region) in memory.iter().enumerate() {
         let region = kvm_userspace_memory_region {

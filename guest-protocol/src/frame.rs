@@ -227,8 +227,34 @@ impl FrameDecoder {
     /// # Errors
     /// A [`FrameError`]; the decoder then stays at the bad frame and repeats the error.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
+        let Some((kind, length)) = self.header()? else {
+            return Ok(None);
+        };
+        let start = self.consumed.saturating_add(HEADER_SIZE);
+        let end = start.saturating_add(length);
+        let Some(payload) = self.buffer.get(start..end) else {
+            return Ok(None);
+        };
+        let frame = Frame::decode(kind, payload)?;
+        self.consumed = end;
+        Ok(Some(frame))
+    }
+
+    /// How many bytes are certainly missing until the next frame is whole, 0 if it is: for who must not take a byte of
+    /// what follows it.
+    ///
+    /// # Errors
+    /// As [`FrameDecoder::next_frame`].
+    pub fn missing(&self) -> Result<usize, FrameError> {
+        let present = self.buffer.len().saturating_sub(self.consumed);
+        let needed = self.header()?.map_or(0, |(_, length)| length);
+        Ok(needed.saturating_add(HEADER_SIZE).saturating_sub(present))
+    }
+
+    /// Kind of the next frame and length of its payload, if its header is there.
+    fn header(&self) -> Result<Option<(u8, usize)>, FrameError> {
         let rest = self.buffer.get(self.consumed..).unwrap_or_default();
-        let Some((header, body)) = rest.split_first_chunk::<HEADER_SIZE>() else {
+        let Some(header) = rest.first_chunk::<HEADER_SIZE>() else {
             return Ok(None);
         };
         let [kind, r0, r1, r2, length @ ..] = *header;
@@ -242,12 +268,7 @@ impl FrameDecoder {
         if length as usize > PAYLOAD_MAX {
             return Err(FrameError::Length(length));
         }
-        let Some(payload) = body.get(..length as usize) else {
-            return Ok(None);
-        };
-        let frame = Frame::decode(kind, payload)?;
-        self.consumed = self.consumed.saturating_add(HEADER_SIZE + length as usize);
-        Ok(Some(frame))
+        Ok(Some((kind, length as usize)))
     }
 
     /// Whether part of a frame has been received.
@@ -344,5 +365,25 @@ mod tests {
         assert_eq!(not_started("exec nothing", 2).shell_status(), 127);
         assert_eq!(not_started("exec /etc", 13).shell_status(), 126);
         assert_eq!(not_started("user nobody2", 2).shell_status(), 125);
+    }
+
+    #[test]
+    fn a_frame_can_be_taken_without_a_byte_of_the_next() {
+        let mut bytes = Vec::new();
+        Frame::Data(Stream::Stdin, b"first".to_vec())
+            .encode(&mut bytes)
+            .unwrap();
+        Frame::Signal(15).encode(&mut bytes).unwrap();
+        let mut decoder = FrameDecoder::default();
+        let mut rest = bytes.as_slice();
+        while decoder.missing().unwrap() > 0 {
+            let (part, after) = rest.split_at(decoder.missing().unwrap());
+            decoder.push(part);
+            rest = after;
+        }
+        let frame = decoder.next_frame().unwrap();
+        assert_eq!(frame, Some(Frame::Data(Stream::Stdin, b"first".to_vec())));
+        assert_eq!(rest.len(), HEADER_SIZE + 1);
+        assert_eq!(decoder.missing().unwrap(), HEADER_SIZE);
     }
 }

@@ -1,10 +1,11 @@
 //! Guest memory: anonymous while a machine boots, a private mapping of the template's memory file in a clone.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::io;
+use std::os::fd::AsRawFd;
 
-use vm_memory::mmap::{GuestRegionMmap, MmapRegionBuilder};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::mmap::{GuestRegionMmap, MmapRegion, MmapRegionBuilder};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::arch::layout;
 
@@ -59,31 +60,33 @@ pub fn anonymous(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
 }
 
 /// A private, copy-on-write mapping of a template's memory file, low range first.
-pub fn private(mib: u64, file: Arc<File>) -> Result<GuestMemoryMmap, MemoryError> {
+pub fn private(mib: u64, file: &File) -> Result<GuestMemoryMmap, MemoryError> {
     map(mib, Some(file))
 }
 
-fn map(mib: u64, file: Option<Arc<File>>) -> Result<GuestMemoryMmap, MemoryError> {
+/// Bytes of a large page: what one entry of the second level of page tables maps.
+pub const LARGE_PAGE: u64 = 2 << 20;
+
+fn map(mib: u64, file: Option<&File>) -> Result<GuestMemoryMmap, MemoryError> {
     let failed = |reason: String| MemoryError::Map { mib, reason };
     let mut regions = Vec::new();
     let mut offset = 0;
     for (start, bytes) in layout::memory_ranges(mib << 20) {
         let size = usize::try_from(bytes).map_err(|error| failed(error.to_string()))?;
         // MAP_NORESERVE: most of a clone's memory is never written, so no swap is set aside for it.
-        let mut flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        let mut builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-        match &file {
-            Some(file) => builder = builder.with_file_offset(FileOffset::from_arc(file.clone(), offset)),
-            None => flags |= libc::MAP_ANONYMOUS,
-        }
-        let region = builder
-            .with_mmap_flags(flags)
+        // Anonymous at first in any case: the kernel aligns that to large pages, as it does only with some files.
+        let region = MmapRegionBuilder::new(size)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .build()
             .map_err(|error| failed(error.to_string()))?;
-        if file.is_none() {
-            // SAFETY: the range is the mapping just made. The call is advice: it changes no content, and a host that
-            // has no huge pages refuses it, which only costs time.
-            unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+        match file {
+            Some(file) => map_file(&region, file, offset).map_err(|error| failed(error.to_string()))?,
+            None => {
+                // SAFETY: the range is the mapping just made. The call is advice: it changes no content, and a host that
+                // has no huge pages refuses it, which only costs time.
+                unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+            }
         }
         regions.push(
             GuestRegionMmap::new(region, GuestAddress(start))
@@ -92,6 +95,27 @@ fn map(mib: u64, file: Option<Arc<File>>) -> Result<GuestMemoryMmap, MemoryError
         offset += bytes;
     }
     GuestMemoryMmap::from_regions(regions).map_err(|error| failed(error.to_string()))
+}
+
+/// Puts a private mapping of a file, from `offset`, in the place of an anonymous one.
+fn map_file(region: &MmapRegion, file: &File, offset: u64) -> io::Result<()> {
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: replaces exactly the mapping that the region owns and nobody has looked at yet; the region unmaps what is
+    // there when it is dropped.
+    let mapped = unsafe {
+        libc::mmap(
+            region.as_ptr().cast(),
+            region.size(),
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED,
+            file.as_raw_fd(),
+            offset,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 #[cfg(test)]

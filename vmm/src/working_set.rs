@@ -3,7 +3,7 @@
 //!
 //! It is advice. A page too many costs memory, a page too few a fault; neither changes what a guest sees.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -11,8 +11,14 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::memory::LARGE_PAGE;
+
 /// Bytes of a page.
 const PAGE: u64 = 4096;
+/// Pages of a large page.
+const LARGE_PAGE_PAGES: u64 = LARGE_PAGE / PAGE;
+/// A large page pays where at least so many of its pages are read.
+const READ_MIN: u64 = 32;
 /// Entries of `/proc/self/pagemap` that are read at once.
 const ENTRIES: usize = 8192;
 /// Entry of `/proc/self/pagemap` (the kernel's `admin-guide/mm/pagemap.rst`): the page is present, is swapped out, is
@@ -131,6 +137,48 @@ impl WorkingSet {
         })
     }
 
+    /// Blocks of the size of a large page of which a start reads much and writes nothing, by their number in the memory file.
+    #[must_use]
+    pub fn read_only_blocks(&self) -> Vec<u64> {
+        let mut read: BTreeMap<u64, u64> = BTreeMap::new();
+        for pages in &self.read {
+            for page in pages.first..pages.first.saturating_add(pages.count) {
+                *read.entry(page / LARGE_PAGE_PAGES).or_default() += 1;
+            }
+        }
+        for pages in &self.written {
+            for page in pages.first..pages.first.saturating_add(pages.count) {
+                read.remove(&(page / LARGE_PAGE_PAGES));
+            }
+        }
+        read.into_iter()
+            .filter(|(_, pages)| *pages >= READ_MIN)
+            .map(|(block, _)| block)
+            .collect()
+    }
+
+    /// The same, with these blocks read as a whole: what is in one large page is mapped by one fault.
+    #[must_use]
+    pub(crate) fn with_whole_blocks(mut self, blocks: &[u64]) -> Self {
+        if blocks.is_empty() {
+            return self;
+        }
+        let read: BTreeSet<u64> = self
+            .read
+            .iter()
+            .flat_map(|pages| pages.first..pages.first.saturating_add(pages.count))
+            .chain(blocks.iter().flat_map(|block| {
+                let first = block.saturating_mul(LARGE_PAGE_PAGES);
+                first..first.saturating_add(LARGE_PAGE_PAGES)
+            }))
+            .collect();
+        self.read = Vec::new();
+        for page in read {
+            push(&mut self.read, page);
+        }
+        self
+    }
+
     /// Makes the pages that will be written present in a clone's memory, as copies of its own. Faulted in one by one, each
     /// costs up to three faults of the host: one to read it, one to copy it, one to map the copy. A kernel before 5.14
     /// cannot, and a page outside memory is left out: what is missing is faulted in when it is needed.
@@ -187,13 +235,12 @@ fn places(memory: &GuestMemoryMmap, pages: Pages) -> Vec<(u64, *mut u8, usize)> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
     use vm_memory::{Bytes, GuestAddress};
 
     fn memory() -> GuestMemoryMmap {
         let file = tempfile::tempfile().unwrap();
         file.set_len(32 << 20).unwrap();
-        crate::memory::private(32, Arc::new(file)).unwrap()
+        crate::memory::private(32, &file).unwrap()
     }
 
     #[test]
@@ -242,7 +289,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(32 << 20).unwrap();
         file.write_all_at(b"seven", 7 * PAGE).unwrap();
-        let memory = crate::memory::private(32, Arc::new(file)).unwrap();
+        let memory = crate::memory::private(32, &file).unwrap();
         let set = WorkingSet {
             written: vec![Pages { first: 7, count: 2 }],
             read: vec![Pages { first: 100, count: 1 }],

@@ -4,7 +4,7 @@
 //! One thread, one epoll with edge-triggered events: each descriptor is registered once, before the freeze, and from
 //! then on an event only says that a descriptor may be ready again.
 
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use picovm_guest_protocol::frame::DATA_MAX;
 use picovm_guest_protocol::{ContainerExit, Frame, FrameDecoder, FrameError, StartFailure, Stream};
@@ -65,32 +65,8 @@ pub fn shield_from_oom() -> Result<(), InitError> {
     crate::identity::set_oom_score(-1000).attempt(|| "set oom_score_adj to -1000".into())
 }
 
-/// Serves `container` until it has ended, its output and [`Frame::Exit`] have been sent.
-///
-/// SIGCHLD must be blocked. Every child of this process is reaped; as PID 1, everything that outlives the container's
-/// main process is killed.
-pub fn serve(control: OwnedFd, container: Container) -> Result<(), AgentError> {
-    let mut agent = Agent::new(control, container)?;
-    let mut events = Vec::with_capacity(8);
-    loop {
-        agent.move_all()?;
-        if agent.is_done() {
-            return Ok(());
-        }
-        events.clear();
-        // A host that never stops sending must not keep the container's end from being noticed.
-        let timeout = agent.readable.then_some(&NO_WAIT);
-        match epoll::wait(&agent.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(system("wait for events")(error)),
-        }
-        for event in &events {
-            agent.note(event.data.u64(), event.flags);
-        }
-    }
-}
-
-struct Agent {
+/// The agent of one container.
+pub struct Agent {
     epoll: OwnedFd,
     control: OwnedFd,
     readable: bool,
@@ -99,19 +75,20 @@ struct Agent {
     outgoing: Outgoing,
     children: OwnedFd,
     children_changed: bool,
-    pid: Pid,
+    /// The container's main process, once it is there.
+    pid: Option<Pid>,
     stdin: Input,
     stdout: Output,
     stderr: Output,
     failure: OwnedFd,
-    spec: Option<OwnedFd>,
     ended: Option<ContainerExit>,
     exit_queued: bool,
     scratch: Vec<u8>,
 }
 
 impl Agent {
-    fn new(control: OwnedFd, container: Container) -> Result<Self, AgentError> {
+    /// Prepares everything for a container that is yet to come. SIGCHLD must be blocked.
+    pub fn new(control: OwnedFd, container: Container) -> Result<Self, AgentError> {
         let because = system;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(because("create an epoll"))?;
         let children = child_signals().map_err(because("create a signalfd"))?;
@@ -137,17 +114,46 @@ impl Agent {
             outgoing: Outgoing::new(),
             children,
             children_changed: true,
-            pid: container.pid,
+            pid: None,
             stdin: Input::new(container.stdin),
             stdout: Output::new(Stream::Stdout, container.stdout),
             stderr: Output::new(Stream::Stderr, container.stderr),
             failure: container.failure,
-            spec: Some(container.spec),
             ended: None,
             exit_queued: false,
             // Not zero, so that its pages are present before the freeze.
             scratch: vec![1; DATA_MAX],
         })
+    }
+
+    /// The control connection.
+    pub fn control(&self) -> BorrowedFd<'_> {
+        self.control.as_fd()
+    }
+
+    /// Serves the container whose main process, and process group, is `pid` until it has ended, its output and
+    /// [`Frame::Exit`] have been sent.
+    ///
+    /// Every child of this process is reaped; as PID 1, everything that outlives the container's main process is killed.
+    pub fn serve(mut self, pid: Pid) -> Result<(), AgentError> {
+        self.pid = Some(pid);
+        let mut events = Vec::with_capacity(8);
+        loop {
+            self.move_all()?;
+            if self.is_done() {
+                return Ok(());
+            }
+            events.clear();
+            // A host that never stops sending must not keep the container's end from being noticed.
+            let timeout = self.readable.then_some(&NO_WAIT);
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(system("wait for events")(error)),
+            }
+            for event in &events {
+                self.note(event.data.u64(), event.flags);
+            }
+        }
     }
 
     fn note(&mut self, source: u64, flags: epoll::EventFlags) {
@@ -231,7 +237,8 @@ impl Agent {
             InputViolation::AfterClose => AgentError::Protocol("sent standard input after its end"),
         };
         match frame {
-            Frame::Spec(_) => self.hand_over(&frame),
+            // The stub has read the first one.
+            Frame::Spec(_) => Err(AgentError::Protocol("said twice what to run")),
             Frame::Data(Stream::Stdin, bytes) => self.stdin.push(&bytes).map_err(violation),
             Frame::Close(Stream::Stdin) => self.stdin.close().map_err(violation),
             Frame::Credit(Stream::Stdout, bytes) => credit(&mut self.stdout, bytes),
@@ -248,27 +255,13 @@ impl Agent {
         }
     }
 
-    /// Hands the spec to the waiting stub.
-    fn hand_over(&mut self, spec: &Frame) -> Result<(), AgentError> {
-        let Some(pipe) = self.spec.take() else {
-            return Err(AgentError::Protocol("said twice what to run"));
-        };
-        let mut bytes = Vec::new();
-        spec.encode(&mut bytes)?;
-        // Blocks until the stub has read it or, one that already knew what to run, closed it by its execve.
-        match std::io::Write::write_all(&mut std::fs::File::from(pipe), &bytes) {
-            Ok(()) => Ok(()),
-            Err(_) => Err(AgentError::Protocol("said twice what to run")),
-        }
-    }
-
     /// Signals the container's process group. Before its execve the stub holds signals back for it; after its end
     /// there may be nobody left, which is no error.
     fn signal(&self, signal: u8) {
-        if signal == 0 || self.ended.is_some() {
+        let (false, Some(pid)) = (signal == 0 || self.ended.is_some(), self.pid) else {
             return;
-        }
-        let pid = self.pid.as_raw_nonzero().get();
+        };
+        let pid = pid.as_raw_nonzero().get();
         // SAFETY: plain system calls; the process is not reaped yet, so its id is its own. It has no group only while
         // it is so young that nothing but itself could be in it.
         let result = unsafe {
@@ -296,14 +289,23 @@ impl Agent {
             Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
             Err(error) => return Err(system("read from the signalfd")(error)),
         }
-        loop {
+        let had_ended = self.ended.is_some();
+        let others_live = loop {
             match rustix::process::wait(WaitOptions::NOHANG) {
-                Ok(Some((pid, status))) if pid == self.pid && self.ended.is_none() => self.end(status),
+                Ok(Some((pid, status))) if Some(pid) == self.pid && self.ended.is_none() => self.end(status),
                 Ok(Some(_)) | Err(Errno::INTR) => {}
-                Ok(None) | Err(Errno::CHILD) => return Ok(()),
+                Ok(None) => break true,
+                Err(Errno::CHILD) => break false,
                 Err(error) => return Err(system("wait for children")(error)),
             }
+        };
+        // All orphans are children of PID 1: without a child there is no other process, and no need to look at each of
+        // the kernel's own.
+        let is_init = rustix::process::getpid() == Pid::INIT;
+        if self.ended.is_some() && !had_ended && (others_live || !is_init) {
+            self.kill_what_is_left(is_init);
         }
+        Ok(())
     }
 
     /// The container's main process has ended: the container ends with it.
@@ -313,17 +315,22 @@ impl Agent {
             (code, None) => ContainerExit::Code(u8::try_from(code.unwrap_or_default()).unwrap_or(u8::MAX)),
         };
         self.ended = Some(self.start_failure().map_or(exit, ContainerExit::NotStarted));
-        // Only PID 1 has a machine of its own; anywhere else that would be everything on the developer's machine.
-        let rest = match rustix::process::getpid() {
-            Pid::INIT => -1,
-            _ => -self.pid.as_raw_nonzero().get(),
-        };
-        // SAFETY: plain system call. It fails only if nothing is left, which is what is wanted.
-        unsafe { libc::kill(rest, libc::SIGKILL) };
         self.stdin.abandon();
         // What it has written is still in the pipes, and so is their end as soon as the last writer has died.
         self.stdout.readable = true;
         self.stderr.readable = true;
+    }
+
+    /// The container ends with its main process, so whatever else it has started ends now.
+    fn kill_what_is_left(&self, is_init: bool) {
+        // Only PID 1 has a machine of its own; anywhere else that would be everything on the developer's machine.
+        let rest = match self.pid {
+            _ if is_init => -1,
+            Some(pid) => -pid.as_raw_nonzero().get(),
+            None => return,
+        };
+        // SAFETY: plain system call. It fails only if nothing is left, which is what is wanted.
+        unsafe { libc::kill(rest, libc::SIGKILL) };
     }
 
     /// What the stub said if it could not become the container. Its end of the pipe is closed: it has ended.
@@ -343,9 +350,6 @@ impl Agent {
             return Ok(());
         }
         if let Some(exit) = &self.ended {
-            if rustix::process::getpid() == Pid::INIT {
-                rustix::fs::sync();
-            }
             self.outgoing.push(&Frame::Exit(exit.clone()))?;
             self.exit_queued = true;
         }

@@ -1,7 +1,7 @@
 //! PID 1 of the guest: reaches the freeze point, then becomes the agent.
 //!
-//! Read top to bottom, this is the whole life of a guest. Everything before [`agent::serve`] is done once, in the
-//! template; the freeze itself happens in the container stub ([`stub`]), a child that is forked ahead so that a
+//! Read top to bottom, this is the whole life of a guest. Everything before [`Agent::serve`] is done once, in the
+//! template; the freeze itself happens in the container stub ([`stub`]), a child that is begun ahead so that a
 //! clone's first instructions are already those of its container.
 
 mod accounts;
@@ -20,8 +20,10 @@ mod tests;
 mod trap;
 
 use accounts::Accounts;
+use agent::Agent;
 use error::InitError;
 use identity::{IdentityArea, Machine};
+use stub::Stack;
 use trap::Trap;
 
 fn main() {
@@ -61,8 +63,11 @@ fn live(trap: &Trap) -> Result<(), InitError> {
     mounts::enter_root_file_system()?;
     mounts::populate_root_file_system()?;
     let accounts = Accounts::read();
-    rehearsal::run(&accounts)?;
-    let container = stub::fork(&accounts, || {
+    let stack = Stack::allocate()?;
+    rehearsal::run(&stack, &accounts)?;
+    let (container, ends) = stub::pipes()?;
+    let agent = Agent::new(control, container)?;
+    let pid = stub::begin(&stack, ends, &accounts, agent.control(), || {
         stub::confine()?;
         machine.rehearse()?;
         stub::wait_until_asleep(rustix::process::Pid::INIT)?;
@@ -70,7 +75,7 @@ fn live(trap: &Trap) -> Result<(), InitError> {
         machine.become_clone(&identity)?;
         Ok(identity.container)
     })?;
-    agent::serve(control, container)?;
+    agent.serve(pid)?;
     Ok(())
 }
 

@@ -7,8 +7,9 @@ use picovm_guest_protocol::ContainerSpec;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::accounts::Accounts;
+use crate::agent::Agent;
 use crate::error::{Attempt, InitError};
-use crate::{agent, stub};
+use crate::stub::{self, Stack};
 
 /// How often. The first one reads from the image, the second finds it cached; more change nothing.
 const REHEARSALS: usize = 2;
@@ -22,14 +23,16 @@ pub fn spec() -> ContainerSpec {
 }
 
 /// Runs the rehearsals, each served over a socket pair in the place of the control port.
-pub fn run(accounts: &Accounts) -> Result<(), InitError> {
+pub fn run(stack: &Stack, accounts: &Accounts) -> Result<(), InitError> {
     for _ in 0..REHEARSALS {
         let (control, _host) = control_pair().attempt(|| "make a socket pair".into())?;
-        let container = stub::fork(accounts, || {
+        let (container, ends) = stub::pipes()?;
+        let agent = Agent::new(control, container)?;
+        let pid = stub::begin(stack, ends, accounts, agent.control(), || {
             stub::confine()?;
             Ok(Some(spec()))
         })?;
-        agent::serve(control, container)?;
+        agent.serve(pid)?;
     }
     Ok(())
 }

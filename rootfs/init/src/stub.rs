@@ -3,11 +3,15 @@
 //! Everything that forking a process takes is so done once, in the template. The stub holds all signals back until
 //! its `execve`, so that one which comes early waits for the container.
 
-use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
 
 use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, StartFailure};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Resource, Rlimit};
 use rustix::thread::CapabilitySet;
@@ -16,10 +20,8 @@ use crate::accounts::Accounts;
 use crate::error::{Attempt, InitError};
 use crate::start::{self, failure};
 
-/// What the agent holds of the container: its process and its own ends of the pipes.
+/// What the agent holds of the container: its own ends of the pipes.
 pub struct Container {
-    /// The container's main process, and its process group.
-    pub pid: Pid,
     /// Where its standard input is written; non-blocking.
     pub stdin: OwnedFd,
     /// Where its standard output is read; non-blocking.
@@ -28,8 +30,39 @@ pub struct Container {
     pub stderr: OwnedFd,
     /// Where an encoded [`Frame::Exit`] comes from if it could not be started; closed by a successful `execve`.
     pub failure: OwnedFd,
-    /// Where an encoded [`Frame::Spec`] goes if the identity had no container.
-    pub spec: OwnedFd,
+}
+
+/// The other ends, which are the stub's.
+pub struct Ends {
+    stdin: OwnedFd,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+    failure: OwnedFd,
+}
+
+/// Makes the pipes between agent and container.
+pub fn pipes() -> Result<(Container, Ends), InitError> {
+    let pipe = || pipe_with(PipeFlags::CLOEXEC).attempt(|| "make a pipe".into());
+    let (stdin_read, stdin) = pipe()?;
+    let (stdout, stdout_write) = pipe()?;
+    let (stderr, stderr_write) = pipe()?;
+    let (failure, failure_write) = pipe()?;
+    for end in [&stdin, &stdout, &stderr, &failure] {
+        rustix::io::ioctl_fionbio(end, true).attempt(|| "make a pipe non-blocking".into())?;
+    }
+    let container = Container {
+        stdin,
+        stdout,
+        stderr,
+        failure,
+    };
+    let ends = Ends {
+        stdin: stdin_read,
+        stdout: stdout_write,
+        stderr: stderr_write,
+        failure: failure_write,
+    };
+    Ok((container, ends))
 }
 
 /// Soft and hard limit of open files, as service managers have it.
@@ -63,52 +96,86 @@ pub fn block_child_signal() -> Result<(), InitError> {
     Err(io::Error::last_os_error()).attempt(|| "block SIGCHLD".into())
 }
 
-/// Forks the stub. In it, `life` runs and gives what to run, or `None` if that comes from the agent
-/// ([`Container::spec`]).
-pub fn fork(
-    accounts: &Accounts,
-    life: impl FnOnce() -> Result<Option<ContainerSpec>, StartFailure>,
-) -> Result<Container, InitError> {
-    let pipe = || pipe_with(PipeFlags::CLOEXEC).attempt(|| "make a pipe".into());
-    let (stdin_read, stdin) = pipe()?;
-    let (stdout, stdout_write) = pipe()?;
-    let (stderr, stderr_write) = pipe()?;
-    let (failure, failure_write) = pipe()?;
-    let (spec_read, spec) = pipe()?;
-    for end in [&stdin, &stdout, &stderr, &failure] {
-        rustix::io::ioctl_fionbio(end, true).attempt(|| "make a pipe non-blocking".into())?;
-    }
+/// The stack of a stub; the first one's is used again by the next.
+pub struct Stack {
+    top: NonNull<u8>,
+}
 
-    // SAFETY: init has one thread, so its child may do whatever it may; the tests' harness forks first for that.
-    match unsafe { libc::fork() } {
-        -1 => Err(io::Error::last_os_error()).attempt(|| "fork the container stub".into()),
-        0 => {
-            let _no_return = NoReturn;
-            drop((stdin, stdout, stderr, failure, spec));
-            let streams = [stdin_read, stdout_write, stderr_write];
-            let failed = match prepare(streams) {
-                Ok(no_input) => match life().and_then(|spec| spec.map_or_else(|| receive(spec_read), Ok)) {
-                    Ok(spec) => start::exec(&spec, accounts, no_input.as_fd()),
-                    Err(failed) => failed,
-                },
-                Err(failed) => failed,
-            };
-            report(&failure_write, failed);
-            exit()
+const STACK_SIZE: usize = 256 << 10;
+
+impl Stack {
+    /// Allocates it.
+    pub fn allocate() -> Result<Self, InitError> {
+        let attempted = || "allocate the stub's stack".into();
+        // SAFETY: a new mapping at an address of the kernel's choice; it is never unmapped.
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                STACK_SIZE,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::STACK,
+            )
         }
-        pid => Ok(Container {
-            pid: Pid::from_raw(pid)
-                .ok_or_else(|| InitError::Machine("fork returned no process id".into()))?,
-            stdin,
-            stdout,
-            stderr,
-            failure,
-            spec,
-        }),
+        .attempt(attempted)?;
+        let top = NonNull::new(start.cast::<u8>().wrapping_add(STACK_SIZE))
+            .ok_or_else(|| InitError::Machine("the stub's stack ends at address zero".into()))?;
+        Ok(Self { top })
     }
 }
 
-/// Ends a stub that would otherwise, by a panic, live on as a second init.
+/// Begins the stub, a child in the memory of this process, which waits until the stub has called `execve` or ended
+/// (`vfork(2)`). So a stub has no memory of its own that its `execve` would have to take down in each clone.
+///
+/// In it, `life` runs and gives what to run, or `None` if that comes as the first frame from `control`.
+pub fn begin(
+    stack: &Stack,
+    ends: Ends,
+    accounts: &Accounts,
+    control: BorrowedFd<'_>,
+    life: impl FnOnce() -> Result<Option<ContainerSpec>, StartFailure>,
+) -> Result<Pid, InitError> {
+    let run = || {
+        let failed = match prepare(&ends) {
+            Ok(no_input) => match life().and_then(|spec| spec.map_or_else(|| receive(control), Ok)) {
+                Ok(spec) => start::exec(&spec, accounts, no_input.as_fd()),
+                Err(failed) => failed,
+            },
+            Err(failed) => failed,
+        };
+        report(&ends.failure, failed);
+    };
+    clone(stack, run)
+}
+
+/// Runs `run` as a child process on `stack` and in the memory of this one, which goes on when the child has called
+/// `execve` or ended. The child has descriptors, signal mask and credentials of its own.
+fn clone<F: FnOnce()>(stack: &Stack, run: F) -> Result<Pid, InitError> {
+    extern "C" fn enter<F: FnOnce()>(run: *mut libc::c_void) -> libc::c_int {
+        let _no_return = NoReturn;
+        // SAFETY: the pointer is that to the option below, whose owner stands still meanwhile.
+        if let Some(run) = unsafe { (*run.cast::<Option<F>>()).take() } {
+            run();
+        }
+        exit()
+    }
+    let mut run = Some(run);
+    // SAFETY: the stack is a live mapping that no other process uses, as each stub before this one has ended or called
+    // `execve`; this process has one thread, which stands still while the child uses its memory.
+    let pid = unsafe {
+        libc::clone(
+            enter::<F>,
+            stack.top.as_ptr().cast(),
+            libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
+            (&raw mut run).cast(),
+        )
+    };
+    if pid == -1 {
+        return Err(io::Error::last_os_error()).attempt(|| "begin the container stub".into());
+    }
+    Pid::from_raw(pid).ok_or_else(|| InitError::Machine("clone returned no process id".into()))
+}
+
+/// Ends a stub that would otherwise, by a panic, return into the life of its parent.
 struct NoReturn;
 
 impl Drop for NoReturn {
@@ -123,16 +190,15 @@ fn exit() -> ! {
 }
 
 /// All that is the same for every container. Gives `/dev/null`, for one without standard input.
-fn prepare(streams: [OwnedFd; 3]) -> Result<OwnedFd, StartFailure> {
+fn prepare(ends: &Ends) -> Result<OwnedFd, StartFailure> {
     let because = |attempted: &'static str| {
         move |error: rustix::io::Errno| failure(attempted, error.raw_os_error(), error)
     };
     hold_signals();
     rustix::process::setsid().map_err(because("begin a session"))?;
-    let [stdin, stdout, stderr] = streams;
-    rustix::stdio::dup2_stdin(stdin).map_err(because("connect standard input"))?;
-    rustix::stdio::dup2_stdout(stdout).map_err(because("connect standard output"))?;
-    rustix::stdio::dup2_stderr(stderr).map_err(because("connect standard error"))?;
+    rustix::stdio::dup2_stdin(&ends.stdin).map_err(because("connect standard input"))?;
+    rustix::stdio::dup2_stdout(&ends.stdout).map_err(because("connect standard output"))?;
+    rustix::stdio::dup2_stderr(&ends.stderr).map_err(because("connect standard error"))?;
     rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(because("open /dev/null"))
 }
@@ -166,25 +232,45 @@ fn hold_signals() {
     }
 }
 
-/// Waits for the spec from the agent.
-fn receive(spec: OwnedFd) -> Result<ContainerSpec, StartFailure> {
-    let attempted = "receive what to run";
-    let mut pipe = std::fs::File::from(spec);
+/// Receives the spec, the first frame from the host, and not a byte of what follows, which is the agent's.
+fn receive(control: BorrowedFd<'_>) -> Result<ContainerSpec, StartFailure> {
+    let failed = |message: &dyn std::fmt::Display| failure("receive what to run", 0, message);
     let mut decoder = FrameDecoder::default();
-    let mut buffer = [0; 4096];
     loop {
-        match pipe.read(&mut buffer) {
-            Ok(0) => return Err(failure(attempted, 0, "the agent has gone")),
-            Ok(count) => decoder.push(buffer.get(..count).unwrap_or_default()),
-            Err(error) => return Err(failure(attempted, error.raw_os_error().unwrap_or(0), error)),
+        let missing = decoder.missing().map_err(|error| failed(&error))?;
+        if missing == 0 {
+            break;
         }
-        match decoder.next_frame() {
-            Ok(Some(Frame::Spec(spec))) => return Ok(spec),
-            Ok(None) => {}
-            Ok(Some(_)) => return Err(failure(attempted, 0, "the agent sent another frame")),
-            Err(error) => return Err(failure(attempted, 0, error)),
+        let mut part = vec![0; missing];
+        read_exactly(control, &mut part).map_err(|error| failed(&error))?;
+        decoder.push(&part);
+    }
+    match decoder.next_frame() {
+        Ok(Some(Frame::Spec(spec))) => Ok(spec),
+        Ok(_) => Err(failed(&"the host sent another frame")),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+/// Fills `bytes` from a non-blocking descriptor.
+fn read_exactly(from: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<()> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        match rustix::io::read(from, &mut *rest) {
+            Ok(0) => return Err(io::Error::other("the host has gone")),
+            Ok(count) => rest = rest.get_mut(count..).unwrap_or_default(),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                let mut fds = [PollFd::new(&from, PollFlags::IN)];
+                match poll(&mut fds, None) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(error) => return Err(error.into()),
         }
     }
+    Ok(())
 }
 
 /// Tells the agent why there is no container. Both texts are short enough for the pipe to take them at once.
@@ -202,7 +288,7 @@ fn report(pipe: &OwnedFd, failed: StartFailure) {
 /// Lets other work settle before the freeze: what runs at the freeze point runs again in every clone.
 const SETTLE: std::time::Duration = std::time::Duration::from_millis(1);
 
-/// Waits until a process, which is not to be woken by anything yet, sleeps (the agent in its `epoll_wait`).
+/// Waits until a process sleeps: the agent, which waits for its stub.
 pub fn wait_until_asleep(process: Pid) -> Result<(), StartFailure> {
     let path = format!("/proc/{process}/stat");
     loop {
@@ -210,7 +296,7 @@ pub fn wait_until_asleep(process: Pid) -> Result<(), StartFailure> {
             .map_err(|error| failure(format!("read {path}"), error.raw_os_error().unwrap_or(0), error))?;
         // `PID (NAME) STATE ...`, and the name may contain anything.
         let after_name = stat.iter().rposition(|&byte| byte == b')').map(|end| end + 2);
-        if after_name.and_then(|state| stat.get(state)) == Some(&b'S') {
+        if matches!(after_name.and_then(|state| stat.get(state)), Some(b'S' | b'D')) {
             break;
         }
         // On one CPU this is what lets it get there.

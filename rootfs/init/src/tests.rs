@@ -13,7 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions};
 
 use crate::accounts::Accounts;
-use crate::{agent, rehearsal, stub};
+use crate::agent::Agent;
+use crate::rehearsal;
+use crate::stub::{self, Stack};
 
 /// Nothing here takes a second on an idle machine; this is for a busy one.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -81,16 +83,21 @@ fn live(control: OwnedFd, spec: Option<ContainerSpec>) -> bool {
     // As PID 1 it would be the parent of orphans.
     // SAFETY: this option takes plain integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
-    let Ok(container) = stub::fork(&accounts, || {
-        if rustix::process::geteuid().is_root() {
-            stub::withhold_capabilities()?;
-        }
-        Ok(spec)
-    }) else {
+    let begun = stub::pipes().and_then(|(container, ends)| {
+        let agent = Agent::new(control, container)?;
+        let stack = Stack::allocate()?;
+        let pid = stub::begin(&stack, ends, &accounts, agent.control(), || {
+            if rustix::process::geteuid().is_root() {
+                stub::withhold_capabilities()?;
+            }
+            Ok(spec)
+        })?;
+        Ok((agent, pid))
+    });
+    let Ok((agent, group)) = begun else {
         return false;
     };
-    let group = container.pid;
-    let served = agent::serve(control, container);
+    let served = agent.serve(group);
     // Where the guest would power off.
     let _ = rustix::process::kill_process(group, Signal::KILL);
     let _ = rustix::process::kill_process_group(group, Signal::KILL);
@@ -307,10 +314,19 @@ fn a_signal_reaches_the_whole_process_group() {
 #[test]
 fn a_signal_before_the_start_waits_for_the_container() {
     let mut host = Host::start(None);
-    host.send(&Frame::Signal(15));
-    host.step(Duration::from_millis(50));
     host.send(&Frame::Spec(shell("sleep 100")));
+    host.send(&Frame::Signal(15));
     assert_eq!(host.exit(), ContainerExit::Signal(15));
+}
+
+#[test]
+fn what_comes_before_what_to_run_is_refused_and_told() {
+    let mut host = Host::start(None);
+    host.send(&Frame::Signal(15));
+    let ContainerExit::NotStarted(failure) = host.exit() else {
+        panic!("it was started");
+    };
+    assert!(failure.message.contains("another frame"), "{}", failure.message);
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! | `template.json` | format version, how the machine was made, checksums of the other files, and its own |
 //! | `state` | everything of the machine but its memory ([`crate::machine::MachineState`]), postcard |
 //! | `memory` | guest memory, low range first; pages of zeros are holes |
+//! | `working-set` | which pages a start touches ([`crate::WorkingSet`]); may be missing |
 //! | `verified` | says for which boot of this host the memory's checksum has been compared; may be missing |
 //!
 //! A template is written under another name and renamed, so that a directory with a template's name is whole.
@@ -12,6 +13,7 @@
 mod checksum;
 mod format;
 mod freeze;
+mod large_pages;
 mod open;
 
 pub use format::{FORMAT_VERSION, FileRecord, Metadata, TemplateError, encode as encode_metadata};

@@ -14,6 +14,7 @@ use super::checksum;
 use super::format::{
     self, FileRecord, MEMORY, METADATA, Metadata, SMALL_FILE_MAX, STATE, TemplateError, VERIFIED, WORKING_SET,
 };
+use super::large_pages;
 use crate::arch::cpuid::Processor;
 use crate::arch::layout;
 use crate::machine::{Backends, Machine, MachineError, MachineState};
@@ -38,7 +39,7 @@ pub struct Template {
     id: String,
     metadata: Metadata,
     state: MachineState,
-    memory: Arc<File>,
+    memory: File,
     working_set: Option<WorkingSet>,
     kvm: Arc<Kvm>,
 }
@@ -107,16 +108,20 @@ impl Template {
                 metadata.memory.bytes
             )));
         }
+        let working_set = recorded_working_set(directory, metadata.memory_mib);
         let verified = Verified::of(&file, &metadata.memory.checksum);
         if verified.is_none() || recorded(directory) != verified {
             compare_memory(directory, &file, &metadata.memory)?;
+            // The page cache has it only since now, or may have been rid of it: in small pages.
+            if let Some(set) = &working_set {
+                large_pages::collapse(&file, set);
+            }
             // The file that was read, and as it was before: what was written to it meanwhile is not vouched for.
             if verified == Verified::of(&file, &metadata.memory.checksum) {
                 record(directory, verified.as_ref());
             }
         }
 
-        let metadata_mib = metadata.memory_mib;
         let kvm = vm::open_kvm().map_err(MachineError::from)?;
         let here = Processor::of(&vm::supported_cpuid(&kvm).map_err(MachineError::from)?);
         if here != metadata.processor {
@@ -131,8 +136,8 @@ impl Template {
             id,
             metadata,
             state,
-            memory: Arc::new(file),
-            working_set: recorded_working_set(directory, metadata_mib),
+            memory: file,
+            working_set,
             kvm: Arc::new(kvm),
         })
     }
@@ -177,7 +182,12 @@ impl Template {
 
     /// Keeps beside the template which pages a start touches: [`Machine::working_set`] of a clone that has run one. Where
     /// it cannot be written, this opened template knows it and later ones do not.
+    ///
+    /// What a start only reads is put into large pages where the host can, and with that into the record as whole blocks.
     pub fn record_working_set(&mut self, set: WorkingSet) {
+        let blocks = large_pages::collapse(&self.memory, &set);
+        tracing::debug!(?blocks, "what a start only reads is in large pages");
+        let set = set.with_whole_blocks(&blocks);
         if let Ok(bytes) = postcard::to_stdvec(&set) {
             store_advice(&self.path, WORKING_SET, &bytes);
         }
@@ -197,8 +207,7 @@ impl Template {
     /// # Errors
     /// [`TemplateError::Identity`] if the identity is too large, [`TemplateError::Machine`] for what the host refuses.
     pub fn fork(&self, options: ForkOptions) -> Result<Machine, TemplateError> {
-        let memory =
-            memory::private(self.metadata.memory_mib, self.memory.clone()).map_err(MachineError::from)?;
+        let memory = memory::private(self.metadata.memory_mib, &self.memory).map_err(MachineError::from)?;
         self.write_identity_to(&memory, &options.identity)?;
         let own = Backends {
             disks: options.disks,
