@@ -165,7 +165,11 @@ fn fork(template: &Template, populated: Option<&WorkingSet>) -> anyhow::Result<[
     })?;
     let forked = Instant::now();
     if let Some(set) = populated {
-        set.populate_written(clone.memory());
+        match std::env::var("PF").as_deref() {
+            Ok("w") => clone.prefault(&WorkingSet { written: set.written.clone(), read: Vec::new() })?,
+            Ok("a") => clone.prefault(set)?,
+            _ => set.populate_written(clone.memory()),
+        }
     }
     let mut connection = clone
         .take_connection()
@@ -196,6 +200,7 @@ fn record(template: &Template) -> anyhow::Result<WorkingSet> {
         identity: identity()?.encode(template.identity_area())?,
         ..ForkOptions::default()
     })?;
+    clone.watch_working_set();
     let mut connection = clone
         .take_connection()
         .context("a clone has no control connection")?;

@@ -242,7 +242,10 @@ fn try_a_start(template: &Template) -> Result<WorkingSet, EngineError> {
         Ok(null) => null,
         Err(error) => return Err(failed(error)),
     };
-    let mut container = Container::start(template, &ContainerOptions::command(["sh", "-c", "echo"]))?;
+    let machine = template.fork(ForkOptions::default())?;
+    machine.watch_working_set();
+    let command = ContainerOptions::command(["sh", "-c", "echo"]);
+    let mut container = Container::start_parked(template, machine, command.request())?;
     let stdio = Stdio {
         stdin: null.as_fd(),
         stdout: null.as_fd(),

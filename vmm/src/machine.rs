@@ -32,7 +32,7 @@ use crate::memory::{self, MemoryError};
 use crate::threads::{DeviceThread, ExitCounters, ExitCounts, Stop, VcpuContext, VcpuThread};
 use crate::vcpu::{self, MsrList, VcpuError, VcpuState};
 use crate::vm::{self, VmError, VmState};
-use crate::working_set::WorkingSet;
+use crate::working_set::{self, WorkingSet};
 
 /// Why a machine could not be made, run or saved.
 #[derive(Debug, thiserror::Error)]
@@ -520,6 +520,11 @@ impl Machine {
         })
     }
 
+    /// Makes [`Machine::working_set`] exact, of a clone that has not run yet; see [`working_set::watch`].
+    pub fn watch_working_set(&self) {
+        working_set::watch(&self.memory);
+    }
+
     /// Which pages of memory the machine has touched since it was forked.
     ///
     /// # Errors
@@ -538,8 +543,7 @@ impl Machine {
             return Err(MachineError::NotPaused("prefault the memory of"));
         }
         set.populate_written(&self.memory);
-        set.populate_read(&self.memory);
-        // The tables are those of the VM: one vCPU fills them for all.
+        // The tables are those of the VM: one vCPU fills them for all. KVM has the pages that are only read faulted in.
         if let Some(vcpu) = self.vcpus.first() {
             vcpu.prefault(set.guest_ranges(&self.memory));
         }
