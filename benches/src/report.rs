@@ -30,6 +30,8 @@ pub struct Measure {
     median: f64,
     p99: f64,
     n: usize,
+    /// What was seen, in ascending order.
+    values: Vec<f64>,
 }
 
 /// All of a run.
@@ -47,6 +49,8 @@ pub struct Report {
     pub failures: Vec<String>,
     /// The figures.
     pub measures: Vec<Measure>,
+    /// How something grows with something else: points `[x, y]` by name, `y` in the unit that the name says.
+    pub curves: BTreeMap<String, Vec<[f64; 2]>>,
 }
 
 impl Report {
@@ -64,6 +68,7 @@ impl Report {
                 .collect(),
             failures: Vec::new(),
             measures: Vec::new(),
+            curves: BTreeMap::new(),
         })
     }
 
@@ -76,6 +81,7 @@ impl Report {
             median: median(&values),
             p99: percentile(&values, 99),
             n: values.len(),
+            values,
         });
     }
 
