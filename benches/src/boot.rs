@@ -82,6 +82,12 @@ pub fn build_template(workspace: &Workspace, image: &Path, directory: &Path) -> 
     Ok(booted.machine.freeze(directory, &FreezeOptions::default())?)
 }
 
+/// A template of a machine whose program does nothing but trap, again and again.
+pub fn build_smallest_template(workspace: &Workspace, directory: &Path) -> anyhow::Result<Template> {
+    let mut booted = boot(&config(&workspace.kernel, &workspace.at_once))?;
+    Ok(booted.machine.freeze(directory, &FreezeOptions::default())?)
+}
+
 /// Measures it all.
 pub fn measure(
     workspace: &Workspace,

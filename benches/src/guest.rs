@@ -14,7 +14,7 @@ const HEADERS: usize = 64 + 56;
 pub enum Program {
     /// `reboot(RB_AUTOBOOT)`: ends the machine of any VMM.
     Reset,
-    /// Writes to picovm's freeze register: costs nothing but the access.
+    /// Writes to picovm's freeze register, again and again: costs nothing but the access.
     FreezePoint,
     /// Writes to Firecracker's boot timer, which logs a line, then resets.
     BootTimer,
@@ -37,7 +37,7 @@ impl Program {
                 code.extend(b"\xc7\x80"); //             mov dword ptr [rax + FREEZE], 0
                 code.extend((trap::FREEZE as u32).to_le_bytes());
                 code.extend(0u32.to_le_bytes());
-                code.extend(b"\xeb\xfe"); //             jmp itself
+                code.extend(b"\xeb\xf4"); //             jmp to that instruction
             }
             Self::BootTimer => {
                 open_physical_memory(&mut code);

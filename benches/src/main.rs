@@ -5,6 +5,8 @@
 //! no shared file system is measured.
 
 mod boot;
+mod clones;
+mod counts;
 mod density;
 mod floor;
 mod guest;
@@ -46,6 +48,9 @@ struct Arguments {
     /// Clones whose memory is measured
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
     clones: u32,
+    /// End with an error if a count is more than a tenth over what this JSON file says
+    #[arg(long, value_name = "FILE")]
+    budgets: Option<PathBuf>,
 }
 
 fn main() {
@@ -67,6 +72,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
     boot::measure(&workspace, &selection, (arguments.rounds / 5).max(1), &mut report)?;
     let template = start::measure(&workspace, &selection, arguments.rounds, &mut report)?;
+    counts::measure(&template, &selection, (arguments.rounds / 5).max(1), &mut report)?;
     if workspace.has_shell
         && let Err(error) = density::measure(&template, arguments.clones, &selection, &mut report)
     {
@@ -85,5 +91,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     print!("{}", report.table());
     report
         .write(&arguments.json)
-        .with_context(|| format!("cannot write the figures to {}", arguments.json.display()))
+        .with_context(|| format!("cannot write the figures to {}", arguments.json.display()))?;
+    match &arguments.budgets {
+        Some(budgets) => counts::check(&report, budgets),
+        None => Ok(()),
+    }
 }

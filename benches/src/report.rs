@@ -20,6 +20,11 @@ pub enum Unit {
     Pages,
     /// 1,024 bytes.
     Kib,
+    /// How often something happened.
+    Count,
+    /// Times a second.
+    #[serde(rename = "per second")]
+    PerSecond,
 }
 
 /// One figure.
@@ -85,6 +90,12 @@ impl Report {
         });
     }
 
+    /// The median of a measure.
+    pub fn median(&self, name: &str) -> Option<f64> {
+        let measure = self.measures.iter().find(|measure| measure.name == name)?;
+        Some(measure.median)
+    }
+
     /// The table for people.
     pub fn table(&self) -> String {
         let mut table = format!(
@@ -106,6 +117,8 @@ impl Report {
                 Unit::Exits => (0, "exits"),
                 Unit::Pages => (0, "pages"),
                 Unit::Kib => (0, "KiB"),
+                Unit::Count => (0, ""),
+                Unit::PerSecond => (1, "/s"),
             };
             table.push_str(&format!(
                 "{:<32} {:>12.digits$} {:>12.digits$} {:>5}  {unit}\n",

@@ -62,6 +62,17 @@ impl Selection {
     }
 }
 
+impl Selection {
+    /// Whether anything that begins with `prefix` may be wanted.
+    pub fn has_any_of(&self, prefix: &str) -> bool {
+        self.prefixes.is_empty()
+            || self
+                .prefixes
+                .iter()
+                .any(|wanted| wanted.starts_with(prefix) || prefix.starts_with(wanted.as_str()))
+    }
+}
+
 /// Something that is done once in each round and gives one value for each of its measures.
 pub struct Probe<'a> {
     measures: Vec<(String, Unit)>,
