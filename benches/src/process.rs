@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use picovm_engine::Prompt;
+
 use crate::rounds::ms;
 
 /// A process that takes longer has gone wrong.
@@ -29,7 +31,9 @@ pub fn watch(command: &mut Command, is_mark: impl Fn(&[u8]) -> bool) -> anyhow::
     let mut child = command
         .spawn()
         .with_context(|| format!("cannot start {command:?}"))?;
+    let prompt = Prompt::begin();
     let watched = read(&mut child, start, is_mark);
+    drop(prompt);
     if watched.is_err() {
         // It is ended in any case; an error of that says nothing more.
         let _ = child.kill();

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use picovm_engine::{ContainerOptions, Image, Pool};
+use picovm_engine::{ContainerOptions, Image, Pool, Prompt};
 use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::{Template, WorkingSet};
 
@@ -146,6 +146,7 @@ fn pooled(pool: &mut Pool) -> anyhow::Result<[f64; 2]> {
     let streams = [null.as_fd(), theirs.as_fd(), theirs.as_fd()];
     let container = pool.start(&ContainerOptions::command(["echo", WORD]), streams)?;
     drop(theirs);
+    let _prompt = Prompt::begin();
     let mut bytes = [0u8; 4096];
     let count = output.read(&mut bytes)?;
     let first = Instant::now();

@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::container::Container;
 use crate::error::EngineError;
+use crate::scheduling::Prompt;
 use crate::session::Event;
 
 /// What a container's streams are connected with.
@@ -143,6 +144,7 @@ impl Container {
         stdio: Stdio<'_>,
         interrupted: &mut dyn FnMut(Wake) -> Option<Interruption>,
     ) -> Result<ContainerExit, EngineError> {
+        let _prompt = Prompt::begin();
         let mut sinks = [
             Sink::new(Stream::Stdout, stdio.stdout),
             Sink::new(Stream::Stderr, stdio.stderr),

@@ -15,6 +15,7 @@ use crate::attach::{Interruption, Stdio};
 use crate::container::{Container, Start};
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, ToServer, ToVmm};
+use crate::scheduling::Batch;
 
 /// Serves a pool of one template: forks a VMM process whenever the pool asks for one, until the pool closes `control`.
 ///
@@ -112,27 +113,4 @@ fn park_and_run(template: &Template, socket: &UnixStream) -> Result<(), EngineEr
     drop((stdin, stdout, stderr));
     let _ = messages::send(socket, &FromVmm::Exit(exit), &[]);
     Ok(())
-}
-
-/// While it lives this thread does not push others aside when it wakes: parking a clone must not hold up one that starts.
-/// Threads that it makes are not affected.
-struct Batch;
-
-impl Batch {
-    fn begin() -> Self {
-        set_policy(libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK);
-        Self
-    }
-}
-
-impl Drop for Batch {
-    fn drop(&mut self) {
-        set_policy(libc::SCHED_OTHER);
-    }
-}
-
-fn set_policy(policy: libc::c_int) {
-    let none = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the structure is initialised and outlives the call. A host that refuses it only makes parking less polite.
-    unsafe { libc::sched_setscheduler(0, policy, &raw const none) };
 }

@@ -12,6 +12,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
@@ -30,7 +31,7 @@ use crate::devices::virtio::console;
 use crate::devices::virtio::slot::{Slot, SlotBackend, SlotState};
 use crate::memory::{self, MemoryError};
 use crate::threads::{DeviceThread, ExitCounters, ExitCounts, Stop, VcpuContext, VcpuThread};
-use crate::vcpu::{self, MsrList, VcpuError, VcpuState};
+use crate::vcpu::{self, Msr, MsrList, VcpuError, VcpuState};
 use crate::vm::{self, VmError, VmState};
 use crate::working_set::{self, WorkingSet};
 
@@ -160,6 +161,8 @@ pub struct Machine {
     phase: Phase,
     /// A stop that a pause met, for the next wait.
     pending: Option<Stop>,
+    /// The paravirtual clock to set when the machine first runs: until then its time stands still.
+    clock: Option<kvm_clock_data>,
     exits: Arc<ExitCounters>,
 }
 
@@ -226,7 +229,7 @@ impl Machine {
                     vcpu.set_regs(&boot::entry_registers(entry)),
                 )?;
             }
-            vcpus.push(vcpu);
+            vcpus.push((vcpu, None));
         }
 
         let ports = Ports::new(serial_line(&vm), ConsoleLog::new(log));
@@ -245,6 +248,7 @@ impl Machine {
             ports,
             connection,
             vcpus,
+            clock: None,
         };
         Self::assemble(parts)
     }
@@ -273,9 +277,8 @@ impl Machine {
         for (index, saved) in (0u8..).zip(&state.vcpus) {
             let vcpu = create_vcpu(&vm, index)?;
             vcpu::load(&vcpu, index, saved)?;
-            vcpus.push(vcpu);
+            vcpus.push((vcpu, Some(saved.time())));
         }
-        vm::load_clock(&vm, &state.vm)?;
 
         let (backend, connection) = console::connection().map_err(host("create the control connection"))?;
         let mut backend = Some(backend);
@@ -307,6 +310,7 @@ impl Machine {
             ports,
             connection,
             vcpus,
+            clock: Some(state.vm.clock),
         };
         Self::assemble(parts)
     }
@@ -323,13 +327,14 @@ impl Machine {
         let stopped = Arc::new(stopped);
         let exits = Arc::new(ExitCounters::default());
         let mut threads = Vec::with_capacity(parts.vcpus.len());
-        for (index, vcpu) in (0u8..).zip(parts.vcpus) {
+        for (index, (vcpu, time)) in (0u8..).zip(parts.vcpus) {
             let context = VcpuContext {
                 index,
                 devices: devices.clone(),
                 stops: sender.clone(),
                 stopped: stopped.clone(),
                 exits: exits.clone(),
+                time,
             };
             threads.push(VcpuThread::spawn(vcpu, context).map_err(host("start a vCPU's thread"))?);
         }
@@ -349,6 +354,7 @@ impl Machine {
             stopped,
             phase: Phase::Paused,
             pending: None,
+            clock: parts.clock,
             exits,
         })
     }
@@ -378,6 +384,9 @@ impl Machine {
             Phase::Running => return Ok(()),
             Phase::Ended => return Err(MachineError::NotPaused("start")),
             Phase::Paused => {}
+        }
+        if let Some(clock) = self.clock.take() {
+            vm::load_clock(&self.vm, &clock)?;
         }
         self.phase = Phase::Running;
         self.devices.resume();
@@ -491,7 +500,7 @@ impl Machine {
             return Err(MachineError::NotPaused("save"));
         }
         let msrs = Arc::new(msr_list(&self.kvm)?);
-        let vcpus = self
+        let saved = self
             .vcpus
             .iter()
             .map(|vcpu| {
@@ -500,9 +509,29 @@ impl Machine {
                     .map_err(MachineError::from)
             })
             .collect::<Result<Vec<_>, _>>()?;
+        let mut vm = vm::save(&self.vm)?;
+        // The guest's time stands still while the machine does: a timer that would go off meanwhile is not to go off first
+        // thing in every clone. The last vCPU to stop tells how much that is.
+        let since_stop = saved.iter().map(|saved| saved.since_stop).min().unwrap_or(0);
+        let rate = saved.first().map_or(0, |saved| saved.state.tsc_khz);
+        if let Some(clock) = self.clock {
+            vm.clock = clock;
+        } else if rate > 0 {
+            vm.rewind_clock(since_stop, rate);
+        }
+        let vcpus = saved
+            .into_iter()
+            .map(|saved| {
+                let mut state = saved.state;
+                if rate > 0 {
+                    state.rewind(since_stop);
+                }
+                state
+            })
+            .collect();
         Ok(MachineState {
             memory_mib: self.memory_mib,
-            vm: vm::save(&self.vm)?,
+            vm,
             vcpus,
             slots: self.devices.slots.iter().map(Slot::state).collect(),
             trap: self
@@ -611,7 +640,9 @@ struct Parts {
     trap: Trap,
     ports: Ports,
     connection: UnixStream,
-    vcpus: Vec<VcpuFd>,
+    /// With the time that each is given when it first runs.
+    vcpus: Vec<(VcpuFd, Option<Vec<Msr>>)>,
+    clock: Option<kvm_clock_data>,
 }
 
 fn ioctl<T>(

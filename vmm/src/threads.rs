@@ -17,7 +17,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 use crate::devices::bus::Devices;
 use crate::devices::trap::TrapAction;
 use crate::devices::virtio::slot::Slot;
-use crate::vcpu::{self, MsrList, VcpuError, VcpuState};
+use crate::vcpu::{self, Msr, MsrList, VcpuError, VcpuState};
 
 /// Why a vCPU no longer runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +68,15 @@ impl ExitCounters {
 enum Command {
     Run,
     Prefault(Vec<(u64, u64)>, Sender<()>),
-    Save(Arc<MsrList>, Sender<Result<VcpuState, VcpuError>>),
+    Save(Arc<MsrList>, Sender<Result<Saved, VcpuError>>),
+}
+
+/// A captured vCPU.
+pub struct Saved {
+    /// Its state as it is.
+    pub state: VcpuState,
+    /// How far its time stamp counter has gone on since it stopped.
+    pub since_stop: u64,
 }
 
 /// A way to get a vCPU thread out of the guest without a race: `immediate_exit` (KVM API 5, `struct kvm_run`) covers
@@ -112,6 +120,8 @@ pub struct VcpuContext {
     pub stopped: Arc<EventFd>,
     /// Counts.
     pub exits: Arc<ExitCounters>,
+    /// Time to load when it first runs; see [`VcpuState::time`].
+    pub time: Option<Vec<Msr>>,
 }
 
 fn kick_signal() -> i32 {
@@ -125,7 +135,7 @@ impl VcpuThread {
     ///
     /// # Errors
     /// As thread creation.
-    pub fn spawn(mut vcpu: VcpuFd, context: VcpuContext) -> std::io::Result<Self> {
+    pub fn spawn(mut vcpu: VcpuFd, mut context: VcpuContext) -> std::io::Result<Self> {
         static HANDLER: OnceLock<Result<(), i32>> = OnceLock::new();
         HANDLER
             .get_or_init(|| register_signal_handler(kick_signal(), do_nothing).map_err(|error| error.errno()))
@@ -147,7 +157,7 @@ impl VcpuThread {
                     if let Err(error) = unblock_signal(kick_signal()) {
                         warn!(%error, "a pause may not reach a vCPU");
                     }
-                    serve(&mut vcpu, &context, &kick, &inbox);
+                    serve(&mut vcpu, &mut context, &kick, &inbox);
                     let _alive = kick.alive.lock().unwrap_or_else(PoisonError::into_inner);
                     kick.immediate_exit.store(std::ptr::null_mut(), Ordering::Relaxed);
                 })?
@@ -181,7 +191,7 @@ impl VcpuThread {
     ///
     /// # Errors
     /// [`VcpuError`]; `None` if the thread has ended.
-    pub fn save(&self, msrs: &Arc<MsrList>) -> Option<Result<VcpuState, VcpuError>> {
+    pub fn save(&self, msrs: &Arc<MsrList>) -> Option<Result<Saved, VcpuError>> {
         let (reply, answer) = channel();
         self.send(Command::Save(msrs.clone(), reply));
         answer.recv().ok()
@@ -214,11 +224,20 @@ impl Drop for VcpuThread {
     }
 }
 
-fn serve(vcpu: &mut VcpuFd, context: &VcpuContext, kick: &Kick, inbox: &Receiver<Command>) {
+fn serve(vcpu: &mut VcpuFd, context: &mut VcpuContext, kick: &Kick, inbox: &Receiver<Command>) {
+    // Where the time stamp counter stood when the guest stopped.
+    let mut stopped_at = None;
     while let Ok(command) = inbox.recv() {
         match command {
             Command::Run => {
-                let stop = run(vcpu, context, kick);
+                let stop = match load_time(vcpu, context) {
+                    Ok(()) => run(vcpu, context, kick),
+                    Err(error) => Stop::Crash(error.to_string()),
+                };
+                stopped_at = match stop {
+                    Stop::Paused | Stop::FreezePoint => vcpu::read_tsc(vcpu, context.index).ok().flatten(),
+                    Stop::PowerOff | Stop::Reset | Stop::Crash(_) => None,
+                };
                 // Before the stop is told: whoever receives it lowers the eventfd again, and one that is raised after
                 // that would announce a stop of the next run.
                 if stop != Stop::Paused {
@@ -232,10 +251,38 @@ fn serve(vcpu: &mut VcpuFd, context: &VcpuContext, kick: &Kick, inbox: &Receiver
                 let _ = done.send(());
             }
             Command::Save(msrs, reply) => {
-                let _ = reply.send(vcpu::save(vcpu, context.index, &msrs));
+                let _ = reply.send(save(vcpu, context, &msrs, stopped_at));
             }
         }
     }
+}
+
+/// Gives a vCPU that runs for the first time its time.
+fn load_time(vcpu: &VcpuFd, context: &mut VcpuContext) -> Result<(), VcpuError> {
+    match context.time.take() {
+        Some(time) => vcpu::load_time(vcpu, context.index, &time),
+        None => Ok(()),
+    }
+}
+
+fn save(
+    vcpu: &VcpuFd,
+    context: &VcpuContext,
+    msrs: &MsrList,
+    stopped_at: Option<u64>,
+) -> Result<Saved, VcpuError> {
+    let state = vcpu::save(vcpu, context.index, msrs)?;
+    if let Some(time) = &context.time {
+        return Ok(Saved {
+            state: state.with_time(time),
+            since_stop: 0,
+        });
+    }
+    let since_stop = match (state.tsc(), stopped_at) {
+        (Some(now), Some(then)) => now.saturating_sub(then),
+        _ => 0,
+    };
+    Ok(Saved { state, since_stop })
 }
 
 fn run(vcpu: &mut VcpuFd, context: &VcpuContext, kick: &Kick) -> Stop {

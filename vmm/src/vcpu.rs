@@ -174,6 +174,20 @@ pub struct MsrList {
     pub fresh: Vec<Msr>,
 }
 
+/// Whether a register holds time: what a vCPU is given when it first runs, not when it is made, so that its guest's time does
+/// not pass meanwhile.
+fn is_time(msr: &Msr) -> bool {
+    matches!(msr.index, MSR_TSC | MSR_TSC_DEADLINE)
+}
+
+/// The time stamp counter of a vCPU that is not running.
+///
+/// # Errors
+/// [`VcpuError::Ioctl`].
+pub fn read_tsc(vcpu: &VcpuFd, index: u8) -> Result<Option<u64>, VcpuError> {
+    Ok(read_msrs(vcpu, index, &[MSR_TSC])?.first().map(|msr| msr.value))
+}
+
 /// Captures the state of a vCPU that is not running and has completed its last exit.
 pub fn save(vcpu: &VcpuFd, index: u8, list: &MsrList) -> Result<VcpuState, VcpuError> {
     // KVM API 4.38: the multiprocessing state first, for reading it may change what follows.
@@ -250,7 +264,48 @@ pub fn prefault(vcpu: &VcpuFd, ranges: &[(u64, u64)]) {
     }
 }
 
-/// Loads a saved state into a fresh vCPU.
+impl VcpuState {
+    /// The registers that hold time, in the order in which [`load_time`] takes them.
+    #[must_use]
+    pub fn time(&self) -> Vec<Msr> {
+        self.msrs.iter().copied().filter(is_time).collect()
+    }
+
+    /// The same with these registers of time instead.
+    #[must_use]
+    pub fn with_time(mut self, time: &[Msr]) -> Self {
+        self.msrs.retain(|msr| !is_time(msr));
+        let deadline = time.iter().filter(|msr| msr.index == MSR_TSC_DEADLINE);
+        self.msrs.extend(deadline);
+        let counter = time.iter().copied().filter(|msr| msr.index == MSR_TSC);
+        self.msrs.splice(0..0, counter);
+        self
+    }
+
+    /// The time stamp counter, if it was saved.
+    #[must_use]
+    pub fn tsc(&self) -> Option<u64> {
+        let counter = self.msrs.iter().find(|msr| msr.index == MSR_TSC)?;
+        Some(counter.value)
+    }
+
+    /// Sets the time stamp counter back by so much.
+    pub fn rewind(&mut self, ticks: u64) {
+        for msr in self.msrs.iter_mut().filter(|msr| msr.index == MSR_TSC) {
+            msr.value = msr.value.saturating_sub(ticks);
+        }
+    }
+}
+
+/// Loads the registers that hold time ([`VcpuState::time`]): the counter, then the deadline of its timer.
+///
+/// # Errors
+/// [`VcpuError`].
+pub fn load_time(vcpu: &VcpuFd, index: u8, time: &[Msr]) -> Result<(), VcpuError> {
+    write_msrs(vcpu, index, time)
+}
+
+/// Loads a saved state into a fresh vCPU, all but the time.
 pub fn load(vcpu: &VcpuFd, index: u8, state: &VcpuState) -> Result<(), VcpuError> {
     // CPUID first: KVM checks what follows against it. The local APIC before the timer's deadline.
     let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| VcpuError::List { what: "CPUID", index })?;
@@ -284,10 +339,48 @@ pub fn load(vcpu: &VcpuFd, index: u8, state: &VcpuState) -> Result<(), VcpuError
         vcpu.set_debug_regs(&state.debug),
     )?;
     ioctl(index, "load the local APIC", vcpu.set_lapic(&state.lapic))?;
-    write_msrs(vcpu, index, &state.msrs)?;
+    let msrs: Vec<Msr> = state.msrs.iter().copied().filter(|msr| !is_time(msr)).collect();
+    write_msrs(vcpu, index, &msrs)?;
     ioctl(
         index,
         "load the pending events",
         vcpu.set_vcpu_events(&state.events),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(msrs: &[(u32, u64)]) -> VcpuState {
+        VcpuState {
+            tsc_khz: 1,
+            cpuid: Vec::new(),
+            msrs: msrs.iter().map(|&(index, value)| Msr { index, value }).collect(),
+            regs: Default::default(),
+            sregs: Default::default(),
+            xsave: Default::default(),
+            xcrs: Default::default(),
+            debug: Default::default(),
+            lapic: Default::default(),
+            events: Default::default(),
+            mp_state: Default::default(),
+        }
+    }
+
+    #[test]
+    fn time_comes_counter_first_and_deadline_last() {
+        let mut saved = state(&[(MSR_TSC, 100), (7, 1), (MSR_TSC_DEADLINE, 120)]);
+        let time = saved.time();
+        assert_eq!(time.first().map(|msr| msr.index), Some(MSR_TSC));
+        assert_eq!(time.last().map(|msr| msr.index), Some(MSR_TSC_DEADLINE));
+        saved.rewind(30);
+        assert_eq!(saved.tsc(), Some(70));
+        let again = saved.with_time(&time);
+        assert_eq!(
+            again.msrs,
+            state(&[(MSR_TSC, 100), (7, 1), (MSR_TSC_DEADLINE, 120)]).msrs
+        );
+        assert_eq!(state(&[(7, 1)]).with_time(&time).time(), time);
+    }
 }

@@ -132,6 +132,15 @@ pub struct VmState {
     pub clock: kvm_clock_data,
 }
 
+impl VmState {
+    /// Sets the clock back by `ticks` of a time stamp counter of `khz`, which is not 0.
+    pub fn rewind_clock(&mut self, ticks: u64, khz: u32) {
+        let ns = u128::from(ticks) * 1_000_000 / u128::from(khz.max(1));
+        let ns = u64::try_from(ns).unwrap_or(u64::MAX);
+        self.clock.clock = self.clock.clock.saturating_sub(ns);
+    }
+}
+
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
 /// Captures it while no vCPU runs.
@@ -160,6 +169,6 @@ pub fn load_irqchips(vm: &VmFd, state: &VmState) -> Result<(), VmError> {
 }
 
 /// Sets the paravirtual clock to the moment of the freeze.
-pub fn load_clock(vm: &VmFd, state: &VmState) -> Result<(), VmError> {
-    ioctl("load the clock", vm.set_clock(&state.clock))
+pub fn load_clock(vm: &VmFd, clock: &kvm_clock_data) -> Result<(), VmError> {
+    ioctl("load the clock", vm.set_clock(clock))
 }

@@ -72,7 +72,10 @@ pub fn watch(memory: &GuestMemoryMmap) {
         }
         // The host looks around within a mapping only, and does not join neighbours that differ: so every other one is
         // to be left out of a core dump.
-        for page in (0..resident.len()).step_by(2).filter(|&page| resident.get(page).is_some_and(|bits| bits & 1 == 1)) {
+        for page in (0..resident.len())
+            .step_by(2)
+            .filter(|&page| resident.get(page).is_some_and(|bits| bits & 1 == 1))
+        {
             let address = start.wrapping_add(page * PAGE as usize);
             // SAFETY: a page of a live mapping. The call changes no content.
             if unsafe { libc::madvise(address.cast(), PAGE as usize, libc::MADV_DONTDUMP) } != 0 {
@@ -299,7 +302,13 @@ mod tests {
         memory.write_obj(1u8, GuestAddress(1100 * PAGE)).unwrap();
         let set = WorkingSet::of(&memory).unwrap();
         assert_eq!(set.read_pages(), pages.len() as u64, "{:?}", set.read);
-        assert_eq!(set.written, [Pages { first: 1100, count: 1 }]);
+        assert_eq!(
+            set.written,
+            [Pages {
+                first: 1100,
+                count: 1
+            }]
+        );
     }
 
     #[test]

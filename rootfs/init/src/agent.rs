@@ -55,6 +55,11 @@ const STDERR: u64 = 4;
 
 /// Reads from the control connection before the other descriptors have their turn.
 const READS_AT_ONCE: u32 = 8;
+/// How long a frame that nobody waits for stays here for another to go with.
+const LEISURE: rustix::event::Timespec = rustix::event::Timespec {
+    tv_sec: 0,
+    tv_nsec: 10_000_000,
+};
 const NO_WAIT: rustix::event::Timespec = rustix::event::Timespec {
     tv_sec: 0,
     tv_nsec: 0,
@@ -145,10 +150,17 @@ impl Agent {
             }
             events.clear();
             // A host that never stops sending must not keep the container's end from being noticed.
-            let timeout = self.readable.then_some(&NO_WAIT);
+            let leisure = self.outgoing.is_at_leisure();
+            let timeout = match self.readable {
+                true => Some(&NO_WAIT),
+                false => leisure.then_some(&LEISURE),
+            };
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(system("wait for events")(error)),
+            }
+            if leisure && events.is_empty() {
+                self.outgoing.hurry();
             }
             for event in &events {
                 self.note(event.data.u64(), event.flags);

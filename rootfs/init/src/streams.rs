@@ -18,6 +18,8 @@ pub struct Outgoing {
     sent: usize,
     /// Whether the connection may take bytes; set by its readiness, cleared when it refuses.
     pub writable: bool,
+    /// Whether somebody waits for what is here.
+    urgent: bool,
 }
 
 impl Outgoing {
@@ -29,12 +31,34 @@ impl Outgoing {
             bytes,
             sent: 0,
             writable: true,
+            urgent: false,
         }
     }
 
     /// Appends a frame.
     pub fn push(&mut self, frame: &Frame) -> Result<(), FrameError> {
+        self.urgent = true;
         frame.encode(&mut self.bytes)
+    }
+
+    /// Appends a frame that may wait for the next one: each write to the connection costs several exits.
+    fn push_at_leisure(&mut self, frame: &Frame) -> Result<(), FrameError> {
+        frame.encode(&mut self.bytes)
+    }
+
+    fn push_data(&mut self, stream: Stream, bytes: &[u8]) -> Result<(), FrameError> {
+        self.urgent = true;
+        encode_data(stream, bytes, &mut self.bytes)
+    }
+
+    /// Whether there is only what may wait.
+    pub fn is_at_leisure(&self) -> bool {
+        !self.urgent && !self.is_empty()
+    }
+
+    /// What is there has waited long enough.
+    pub fn hurry(&mut self) {
+        self.urgent = true;
     }
 
     /// Whether all has been sent.
@@ -48,7 +72,7 @@ impl Outgoing {
 
     /// Writes as much as the connection takes.
     pub fn flush(&mut self, connection: &OwnedFd) -> rustix::io::Result<()> {
-        while self.writable && !self.is_empty() {
+        while self.urgent && self.writable && !self.is_empty() {
             match rustix::io::write(connection, self.bytes.get(self.sent..).unwrap_or_default()) {
                 Ok(count) => self.sent += count,
                 Err(Errno::AGAIN) => self.writable = false,
@@ -59,6 +83,7 @@ impl Outgoing {
         if self.is_empty() {
             self.bytes.clear();
             self.sent = 0;
+            self.urgent = false;
         } else if self.sent >= OUTGOING_HIGH {
             self.bytes.drain(..self.sent);
             self.sent = 0;
@@ -125,11 +150,7 @@ impl Output {
                 // The end, or an error that a pipe cannot have: no more bytes either way.
                 Ok(0) => return self.close(outgoing),
                 Ok(count) => {
-                    encode_data(
-                        self.stream,
-                        buffer.get(..count).unwrap_or_default(),
-                        &mut outgoing.bytes,
-                    )?;
+                    outgoing.push_data(self.stream, buffer.get(..count).unwrap_or_default())?;
                     self.credit = self
                         .credit
                         .saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
@@ -161,7 +182,8 @@ impl Output {
 
     fn close(&mut self, outgoing: &mut Outgoing) -> Result<(), FrameError> {
         self.pipe = None;
-        outgoing.push(&Frame::Close(self.stream))
+        // Most close theirs by ending, and then the exit status follows at once.
+        outgoing.push_at_leisure(&Frame::Close(self.stream))
     }
 }
 
