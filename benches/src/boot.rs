@@ -75,9 +75,15 @@ fn expect(machine: &Machine, outcome: Option<Outcome>, expected: &Outcome) -> an
     }
 }
 
-/// Boots a machine with an image to its freeze point and freezes it into `directory`.
-pub fn build_template(workspace: &Workspace, image: &Path, directory: &Path) -> anyhow::Result<Template> {
-    let config = with_image(config(&workspace.kernel, &workspace.initramfs), image);
+/// Boots a machine of so many MiB and vCPUs with an image to its freeze point and freezes it into `directory`.
+pub fn build_sized_template(
+    workspace: &Workspace,
+    image: &Path,
+    directory: &Path,
+    (memory_mib, vcpus): (u64, u8),
+) -> anyhow::Result<Template> {
+    let mut config = with_image(config(&workspace.kernel, &workspace.initramfs), image);
+    (config.memory_mib, config.vcpus) = (memory_mib, vcpus);
     let mut booted = boot(&config)?;
     Ok(booted.machine.freeze(directory, &FreezeOptions::default())?)
 }

@@ -134,7 +134,12 @@ fn parked(template: &Template) -> anyhow::Result<Counts> {
     Ok(counts)
 }
 
-fn run(template: &Template, clone: &mut Machine, calls: &Counter, before: [f64; 2]) -> anyhow::Result<Counts> {
+fn run(
+    template: &Template,
+    clone: &mut Machine,
+    calls: &Counter,
+    before: [f64; 2],
+) -> anyhow::Result<Counts> {
     clones::start_and_listen(clone)?;
     let (system_calls, after) = (calls.read()?, faults());
     clones::end_of(clone)?;
@@ -215,16 +220,16 @@ impl Counter {
 
 /// Makes the kernel's tracing and debugging files visible in the emulated host, which is ours; elsewhere they are there or not.
 fn mount_kernel_files() -> anyhow::Result<()> {
-    for (kind, place, file) in [
-        (c"tracefs", TRACING, "events"),
-        (c"debugfs", DEBUG, "kvm"),
-    ] {
+    for (kind, place, file) in [(c"tracefs", TRACING, "events"), (c"debugfs", DEBUG, "kvm")] {
         if std::env::var_os("PICOVM_EMULATED_HOST").is_some() && !Path::new(place).join(file).exists() {
             rustix::mount::mount(kind, place, kind, rustix::mount::MountFlags::empty(), None)
                 .with_context(|| format!("cannot mount {place}"))?;
         }
         if !Path::new(place).join(file).exists() {
-            bail!("{place}/{file} is not there: as root, mount {}", kind.to_string_lossy());
+            bail!(
+                "{place}/{file} is not there: as root, mount {}",
+                kind.to_string_lossy()
+            );
         }
     }
     Ok(())
@@ -234,8 +239,8 @@ fn mount_kernel_files() -> anyhow::Result<()> {
 /// been measured, and be no more than a tenth over.
 pub fn check(report: &Report, budgets: &Path) -> anyhow::Result<()> {
     let bytes = fs::read(budgets).with_context(|| format!("cannot read {}", budgets.display()))?;
-    let budgets: BTreeMap<String, f64> =
-        serde_json::from_slice(&bytes).with_context(|| format!("{} is no table of budgets", budgets.display()))?;
+    let budgets: BTreeMap<String, f64> = serde_json::from_slice(&bytes)
+        .with_context(|| format!("{} is no table of budgets", budgets.display()))?;
     let mut over = Vec::new();
     for (name, budget) in &budgets {
         match report.median(name) {

@@ -1,5 +1,5 @@
 //! Latency and memory of boot, freeze, fork and run: one program that measures everything by name, prints a table for
-//! people and writes one JSON file. What the figures mean is in `docs/performance.md`.
+//! people and writes one JSON file with plots beside it. What the figures mean is in `docs/performance.md`.
 //!
 //! Everything that is read while the clock runs lies in a directory of its own ([`workspace`]), so that no disk and
 //! no shared file system is measured.
@@ -12,9 +12,11 @@ mod floor;
 mod guest;
 mod host;
 mod oci;
+mod plots;
 mod process;
 mod report;
 mod rounds;
+mod scaling;
 mod start;
 mod workspace;
 
@@ -45,6 +47,9 @@ struct Arguments {
     /// Rounds that count, of starts; of boots it is a fifth of them
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     rounds: u32,
+    /// Containers that are started one after the other, to see how long that can be sustained
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    starts: u32,
     /// Clones whose memory is measured
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
     clones: u32,
@@ -72,6 +77,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
     boot::measure(&workspace, &selection, (arguments.rounds / 5).max(1), &mut report)?;
     let template = start::measure(&workspace, &selection, arguments.rounds, &mut report)?;
+    let many = ((arguments.rounds / 3).max(1), arguments.starts);
+    scaling::measure(&workspace, &template, &selection, many, &mut report)?;
     counts::measure(&template, &selection, (arguments.rounds / 5).max(1), &mut report)?;
     if workspace.has_shell
         && let Err(error) = density::measure(&template, arguments.clones, &selection, &mut report)
@@ -92,6 +99,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     report
         .write(&arguments.json)
         .with_context(|| format!("cannot write the figures to {}", arguments.json.display()))?;
+    match plots::draw(&report, report::directory_of(&arguments.json)) {
+        Ok(plots) => plots.iter().for_each(|path| println!("plot: {}", path.display())),
+        Err(error) => eprintln!("warning: not drawn: {error:#}"),
+    }
     match &arguments.budgets {
         Some(budgets) => counts::check(&report, budgets),
         None => Ok(()),

@@ -30,22 +30,22 @@ pub enum Unit {
 /// One figure.
 #[derive(Debug, Serialize)]
 pub struct Measure {
-    name: String,
-    unit: Unit,
-    median: f64,
+    pub name: String,
+    pub unit: Unit,
+    pub median: f64,
     p99: f64,
     n: usize,
     /// What was seen, in ascending order.
-    values: Vec<f64>,
+    pub values: Vec<f64>,
 }
 
 /// All of a run.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// Processor, number of CPUs, kernel.
-    host: String,
+    pub host: String,
     /// What a millisecond is.
-    clock: host::Clock,
+    pub clock: host::Clock,
     /// Commit of the sources, if this was started in their working tree.
     commit: Option<String>,
     /// Programs that are compared with, and what they say their version is.
@@ -56,6 +56,8 @@ pub struct Report {
     pub measures: Vec<Measure>,
     /// How something grows with something else: points `[x, y]` by name, `y` in the unit that the name says.
     pub curves: BTreeMap<String, Vec<[f64; 2]>>,
+    /// What a start consists of: by its name, the steps of the clone path in order with the milliseconds of each.
+    pub steps: BTreeMap<String, Vec<(String, f64)>>,
 }
 
 impl Report {
@@ -74,6 +76,7 @@ impl Report {
             failures: Vec::new(),
             measures: Vec::new(),
             curves: BTreeMap::new(),
+            steps: BTreeMap::new(),
         })
     }
 
@@ -136,19 +139,46 @@ impl Report {
 
     /// Writes the JSON file, as a whole or not at all.
     pub fn write(&self, path: &Path) -> anyhow::Result<()> {
-        let directory = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        std::fs::create_dir_all(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        serde_json::to_writer_pretty(&mut file, self)?;
-        std::io::Write::write_all(&mut file, b"\n")?;
-        // Temporary files are for their maker alone; a report is for all.
-        std::fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
-        file.persist(path)?;
-        Ok(())
+        let mut json = serde_json::to_vec_pretty(self)?;
+        json.push(b'\n');
+        write_whole(path, &json)
     }
+}
+
+#[cfg(test)]
+impl Report {
+    /// A report of nowhere, for tests.
+    pub fn empty() -> Self {
+        Self {
+            host: "a host, 1 CPU, Linux 6.12.0".into(),
+            clock: host::Clock::Instructions,
+            commit: None,
+            peers: BTreeMap::new(),
+            failures: Vec::new(),
+            measures: Vec::new(),
+            curves: BTreeMap::new(),
+            steps: BTreeMap::new(),
+        }
+    }
+}
+
+/// Directory that a file lies in.
+pub fn directory_of(path: &Path) -> &Path {
+    path.parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
+}
+
+/// Writes a file that all may read, and its directory, as a whole or not at all.
+pub fn write_whole(path: &Path, content: &[u8]) -> anyhow::Result<()> {
+    let directory = directory_of(path);
+    std::fs::create_dir_all(directory)?;
+    let mut file = tempfile::NamedTempFile::new_in(directory)?;
+    std::io::Write::write_all(&mut file, content)?;
+    // Temporary files are for their maker alone; a report is for all.
+    std::fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    file.persist(path)?;
+    Ok(())
 }
 
 /// Middle of sorted values; of an even number of them, the mean of both.

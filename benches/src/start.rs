@@ -96,8 +96,20 @@ fn template(
     name: &str,
     report: &mut Report,
 ) -> anyhow::Result<Template> {
+    sized_template(workspace, image, name, (MEMORY_MIB, 1), report)
+}
+
+/// A template that knows its working set, of so many MiB and vCPUs.
+pub fn sized_template(
+    workspace: &Workspace,
+    image: &Image,
+    name: &str,
+    size: (u64, u8),
+    report: &mut Report,
+) -> anyhow::Result<Template> {
     rounds::persist("the template", report, rounds::FAILURES_MAX, || {
-        let mut template = boot::build_template(workspace, &image.file, &workspace.path(name))?;
+        let directory = workspace.path(name);
+        let mut template = boot::build_sized_template(workspace, &image.file, &directory, size)?;
         let set = (0..STARTS_RECORDED).try_fold(WorkingSet::default(), |set, _| {
             anyhow::Ok(set.union(&clones::record(&template)?))
         })?;
@@ -158,4 +170,3 @@ fn pooled(pool: &mut Pool) -> anyhow::Result<[f64; 2]> {
     }
     Ok([ms(start, first), ms(start, end)])
 }
-

@@ -134,6 +134,8 @@ pub struct Backends {
     pub disks: Vec<PathBuf>,
     /// Where console output goes.
     pub console_log: Option<File>,
+    /// The file that the memory is a private mapping of, if it is.
+    pub memory_file: Option<Arc<File>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,6 +155,8 @@ pub struct Machine {
     vm: Arc<VmFd>,
     memory: GuestMemoryMmap,
     memory_mib: u64,
+    /// The file that memory was mapped from.
+    origin: Option<Arc<File>>,
     processor: Processor,
     connection: Option<UnixStream>,
     stops: Receiver<(u8, Stop)>,
@@ -249,6 +253,7 @@ impl Machine {
             connection,
             vcpus,
             clock: None,
+            origin: None,
         };
         Self::assemble(parts)
     }
@@ -311,6 +316,7 @@ impl Machine {
             connection,
             vcpus,
             clock: Some(state.vm.clock),
+            origin: own.memory_file,
         };
         Self::assemble(parts)
     }
@@ -348,6 +354,7 @@ impl Machine {
             vm: parts.vm,
             memory: parts.memory,
             memory_mib: parts.memory_mib,
+            origin: parts.origin,
             processor: parts.processor,
             connection: Some(parts.connection),
             stops,
@@ -589,6 +596,11 @@ impl Machine {
             .console_tail()
     }
 
+    /// The file that memory is a private mapping of: what is not touched is as there.
+    pub(crate) fn origin(&self) -> Option<&File> {
+        self.origin.as_deref()
+    }
+
     /// Guest memory.
     #[must_use]
     pub fn memory(&self) -> &GuestMemoryMmap {
@@ -643,6 +655,7 @@ struct Parts {
     /// With the time that each is given when it first runs.
     vcpus: Vec<(VcpuFd, Option<Vec<Msr>>)>,
     clock: Option<kvm_clock_data>,
+    origin: Option<Arc<File>>,
 }
 
 fn ioctl<T>(

@@ -1,6 +1,6 @@
 //! Freezing: a machine that stands still becomes a template.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -23,6 +23,9 @@ pub fn partial_prefix(directory: &Path) -> String {
         directory.file_name().unwrap_or_default().to_string_lossy()
     )
 }
+
+/// Pages of a chunk.
+const CHUNK_PAGES: u64 = CHUNK as u64 / 4096;
 
 /// What is written beside the machine itself.
 #[derive(Clone, Debug, Default)]
@@ -91,6 +94,21 @@ impl Machine {
         Ok(template.renamed(directory))
     }
 
+    /// Chunks of memory that may hold something: touched by this machine, or data of the file that it was forked from. All
+    /// others were never more than zeros, and reading them would cost a fault for each page. `None` if that cannot be told.
+    fn touched_chunks(&self, total: u64) -> Option<BTreeSet<u64>> {
+        let set = self.working_set().ok()?;
+        let mut chunks = match self.origin() {
+            Some(file) => data_chunks(file, total).ok()?,
+            None => BTreeSet::new(),
+        };
+        for pages in set.written.iter().chain(&set.read) {
+            let last = pages.first.saturating_add(pages.count.saturating_sub(1));
+            chunks.extend(pages.first / CHUNK_PAGES..=last / CHUNK_PAGES);
+        }
+        Some(chunks)
+    }
+
     /// Writes guest memory, zeros as holes, and returns its record and the bytes that are not holes.
     fn write_memory(&self, path: &Path) -> Result<(FileRecord, u64), TemplateError> {
         let error = || TemplateError::io("write", path);
@@ -101,16 +119,22 @@ impl Machine {
         let mut chunk = vec![0u8; CHUNK];
         let mut data_bytes = 0u64;
         let mut base = 0u64;
+        let touched = self.touched_chunks(total);
         for region in self.memory().iter() {
             let mut offset = 0u64;
             while offset < region.len() {
                 let length = usize::try_from(region.len() - offset).unwrap_or(CHUNK).min(CHUNK);
+                let index = (base + offset) / CHUNK as u64;
+                if touched.as_ref().is_some_and(|touched| !touched.contains(&index)) {
+                    offset += length as u64;
+                    continue;
+                }
                 let bytes = chunk.get_mut(..length).unwrap_or_default();
                 region
                     .read_slice(bytes, MemoryRegionAddress(offset))
                     .map_err(|source| error()(std::io::Error::other(source)))?;
                 if !checksum::is_zero(bytes) {
-                    checksum.chunk((base + offset) / CHUNK as u64, bytes);
+                    checksum.chunk(index, bytes);
                     data_bytes += write_pages(&file, bytes, base + offset).map_err(error())?;
                 }
                 offset += length as u64;
@@ -126,6 +150,24 @@ impl Machine {
             data_bytes,
         ))
     }
+}
+
+/// Chunks of a memory file that hold data.
+fn data_chunks(file: &File, bytes: u64) -> rustix::io::Result<BTreeSet<u64>> {
+    let mut chunks = BTreeSet::new();
+    let mut offset = 0;
+    while offset < bytes {
+        let data = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
+            Ok(data) => data,
+            // No data behind the offset: the rest is a hole.
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error),
+        };
+        let hole = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(data))?;
+        chunks.extend(data / CHUNK as u64..hole.div_ceil(CHUNK as u64));
+        offset = hole.max(data + 1);
+    }
+    Ok(chunks)
 }
 
 /// Writes the pages of a chunk that are not all zero, runs of them at once.
@@ -203,6 +245,19 @@ mod tests {
             0o755
         );
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_chunks_of_a_file_that_hold_data_are_found() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 * CHUNK as u64).unwrap();
+        assert!(data_chunks(&file, 64 * CHUNK as u64).unwrap().is_empty());
+        for chunk in [3, 4, 63] {
+            file.write_all_at(b"data", chunk * CHUNK as u64 + 9).unwrap();
+        }
+        let found = data_chunks(&file, 64 * CHUNK as u64).unwrap();
+        assert!([3, 4, 63].iter().all(|chunk| found.contains(chunk)), "{found:?}");
+        assert!(!found.contains(&30), "{found:?}");
     }
 
     #[test]

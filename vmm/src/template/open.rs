@@ -39,7 +39,7 @@ pub struct Template {
     id: String,
     metadata: Metadata,
     state: MachineState,
-    memory: File,
+    memory: Arc<File>,
     working_set: Option<WorkingSet>,
     kvm: Arc<Kvm>,
 }
@@ -136,7 +136,7 @@ impl Template {
             id,
             metadata,
             state,
-            memory: file,
+            memory: Arc::new(file),
             working_set,
             kvm: Arc::new(kvm),
         })
@@ -212,6 +212,7 @@ impl Template {
         let own = Backends {
             disks: options.disks,
             console_log: options.console_log,
+            memory_file: Some(self.memory.clone()),
         };
         Ok(Machine::build(
             &self.kvm,
