@@ -261,19 +261,25 @@ fn boot_and_exit(paths: &[PathBuf]) -> anyhow::Result<()> {
     expect(&machine, outcome, &Outcome::Reset)
 }
 
-/// The same machine for Firecracker: kernel, memory, vCPU and kernel command line as ours, without what names our
-/// devices.
-fn write_firecracker_config(workspace: &Workspace, name: &str, initramfs: &Path) -> anyhow::Result<PathBuf> {
-    let ours = config(&workspace.kernel, initramfs).cmdline();
+/// Our kernel command line, without what names our devices.
+pub fn cmdline_for_others(kernel: &Path, initramfs: &Path) -> String {
+    let ours = config(kernel, initramfs).cmdline();
     let line: Vec<&str> = ours
         .split(' ')
         .filter(|word| !word.starts_with("picovm.") && !word.starts_with("virtio_mmio."))
         .collect();
+    line.join(" ")
+}
+
+/// The same machine for Firecracker: kernel, memory, vCPU and kernel command line as ours, without what names our
+/// devices.
+fn write_firecracker_config(workspace: &Workspace, name: &str, initramfs: &Path) -> anyhow::Result<PathBuf> {
+    let line = cmdline_for_others(&workspace.kernel, initramfs);
     let config = serde_json::json!({
         "boot-source": {
             "kernel_image_path": workspace.kernel,
             "initrd_path": initramfs,
-            "boot_args": line.join(" "),
+            "boot_args": line,
         },
         "drives": [],
         "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },

@@ -16,6 +16,8 @@ pub enum Program {
     Reset,
     /// Writes to picovm's freeze register, again and again: costs nothing but the access.
     FreezePoint,
+    /// Sleeps for ever.
+    Sleep,
     /// Writes to Firecracker's boot timer, which logs a line, then resets.
     BootTimer,
 }
@@ -38,6 +40,11 @@ impl Program {
                 code.extend((trap::FREEZE as u32).to_le_bytes());
                 code.extend(0u32.to_le_bytes());
                 code.extend(b"\xeb\xf4"); //             jmp to that instruction
+            }
+            Self::Sleep => {
+                code.extend(b"\xb8\x22\x00\x00\x00"); // mov eax, SYS_pause
+                code.extend(b"\x0f\x05"); //             syscall
+                code.extend(b"\xeb\xf7"); //             jmp to the beginning
             }
             Self::BootTimer => {
                 open_physical_memory(&mut code);
@@ -162,7 +169,12 @@ mod tests {
 
     #[test]
     fn programs_are_small_files_that_begin_behind_their_headers() {
-        for program in [Program::Reset, Program::FreezePoint, Program::BootTimer] {
+        for program in [
+            Program::Reset,
+            Program::FreezePoint,
+            Program::Sleep,
+            Program::BootTimer,
+        ] {
             let elf = program.elf();
             assert!(elf.len() < 300, "{} bytes", elf.len());
             assert_eq!(elf.get(HEADERS..), Some(program.code().as_slice()));

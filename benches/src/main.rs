@@ -8,6 +8,7 @@ mod boot;
 mod clones;
 mod counts;
 mod density;
+mod firecracker;
 mod floor;
 mod guest;
 mod host;

@@ -12,6 +12,7 @@ use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::{Template, WorkingSet};
 
 use crate::boot::{self, MEMORY_MIB};
+use crate::firecracker::Snapshot;
 use crate::oci::Runtime;
 use crate::report::{Report, Unit};
 use crate::rounds::{self, Probe, Selection, ms};
@@ -73,6 +74,17 @@ pub fn measure(
         ),
         run_probe(workspace, SMALL),
     ];
+    let restore = ("firecracker_restore", Unit::Ms);
+    if let Some(program) = workspace
+        .firecracker
+        .as_ref()
+        .filter(|_| selection.has(restore.0))
+    {
+        let cmdline = boot::cmdline_for_others(&workspace.kernel, &workspace.asleep);
+        let guest = (workspace.asleep.as_path(), cmdline.as_str());
+        let snapshot = Snapshot::take(program, &workspace.kernel, guest, &workspace.path(""))?;
+        probes.push(Probe::new([restore], move || snapshot.restore()));
+    }
     for (name, prefix) in [("crun", "crun_"), ("runc", "runc_")] {
         let root = workspace.path("image");
         let Some(mut runtime) = Runtime::find(name, &workspace.path(""), &root, ["/bin/echo", WORD])? else {

@@ -26,6 +26,8 @@ pub struct Workspace {
     pub initramfs: PathBuf,
     /// An initramfs whose `/init` resets the machine.
     pub reset: PathBuf,
+    /// An initramfs whose `/init` sleeps for ever.
+    pub asleep: PathBuf,
     /// An initramfs whose `/init` writes to Firecracker's boot timer.
     pub boot_timer: PathBuf,
     /// An initramfs whose `/init` is at the freeze point at once.
@@ -69,6 +71,7 @@ impl Workspace {
         let kernel = copy(&guest.kernel, at("guest/vmlinux"))?;
         let initramfs = copy(&guest.initramfs, at("guest/initramfs.cpio"))?;
         let reset = write(at("reset.cpio"), &Program::Reset.initramfs("init"))?;
+        let asleep = write(at("asleep.cpio"), &Program::Sleep.initramfs("init"))?;
         let boot_timer = write(at("boot-timer.cpio"), &Program::BootTimer.initramfs("init"))?;
         let at_once = write(at("at-once.cpio"), &Program::FreezePoint.initramfs("init"))?;
         let mut both =
@@ -101,6 +104,7 @@ impl Workspace {
             kernel,
             initramfs,
             reset,
+            asleep,
             boot_timer,
             at_once,
             at_once_beside_init,

@@ -25,6 +25,14 @@ fn set_policy(policy: libc::c_int) {
     unsafe { libc::sched_setscheduler(0, policy, &raw const none) };
 }
 
+/// Lets the rest of this process's life give way to whatever else is to be done: its container has ended, and taking down its
+/// clone takes longer than starting one. It still gets its share, so that memory comes back under any load.
+pub fn give_way() {
+    const NICEST: libc::c_int = 19;
+    // SAFETY: takes plain integers. If it is refused, others wait a little.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICEST) };
+}
+
 /// While it lives this thread asks for the processor in short slices, for which the scheduler runs it at once when it wakes,
 /// even where all processors are busy, with vCPUs above all (Linux 6.12, sched_setattr(2); an earlier kernel ignores it).
 /// Threads and processes that it makes meanwhile inherit it.

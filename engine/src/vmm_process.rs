@@ -15,7 +15,7 @@ use crate::attach::{Interruption, Stdio};
 use crate::container::{Container, Start};
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, ToServer, ToVmm};
-use crate::scheduling::Batch;
+use crate::scheduling::{self, Batch};
 
 /// Serves a pool of one template: forks a VMM process whenever the pool asks for one, until the pool closes `control`.
 ///
@@ -112,5 +112,6 @@ fn park_and_run(template: &Template, socket: &UnixStream) -> Result<(), EngineEr
     // Its streams end with it. They must not stay open while the clone is torn down, which takes longer than all the rest.
     drop((stdin, stdout, stderr));
     let _ = messages::send(socket, &FromVmm::Exit(exit), &[]);
+    scheduling::give_way();
     Ok(())
 }
