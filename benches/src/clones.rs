@@ -57,22 +57,45 @@ pub fn freeze_again(template: &Template) -> anyhow::Result<[f64; 1]> {
     Ok([ms(start, Instant::now())])
 }
 
+/// What one cold start took: milliseconds from the fork, and counts.
+pub struct Cold {
+    pub fork: f64,
+    /// Making the pages present that it will write, by itself.
+    pub populate: f64,
+    pub first_byte: f64,
+    pub exit: f64,
+    /// To user space.
+    pub exits: f64,
+    pub owned_pages: f64,
+}
+
 pub fn fork_probe(template: &Template) -> Probe<'_> {
     Probe::new(
         [
             ("fork", Unit::Ms),
+            ("populate", Unit::Ms),
             ("fork_first_byte", Unit::Ms),
             ("fork_exit", Unit::Ms),
             ("start_exits", Unit::Exits),
             ("owned_pages", Unit::Pages),
         ],
-        || fork(template, template.working_set()),
+        || {
+            let cold = fork(template, template.working_set())?;
+            Ok([
+                cold.fork,
+                cold.populate,
+                cold.first_byte,
+                cold.exit,
+                cold.exits,
+                cold.owned_pages,
+            ])
+        },
     )
 }
 
 /// Forks a clone with the pages of `populated` that it will write, lets it run [`WORD`] through `echo` and reads the agent's
 /// frames.
-pub fn fork(template: &Template, populated: Option<&WorkingSet>) -> anyhow::Result<[f64; 5]> {
+pub fn fork(template: &Template, populated: Option<&WorkingSet>) -> anyhow::Result<Cold> {
     let start = Instant::now();
     let identity = identity()?.encode(template.identity_area())?;
     let mut clone = template.fork(ForkOptions {
@@ -83,6 +106,7 @@ pub fn fork(template: &Template, populated: Option<&WorkingSet>) -> anyhow::Resu
     if let Some(set) = populated {
         set.populate_written(clone.memory());
     }
+    let populated = Instant::now();
     let mut connection = clone
         .take_connection()
         .context("a clone has no control connection")?;
@@ -97,13 +121,14 @@ pub fn fork(template: &Template, populated: Option<&WorkingSet>) -> anyhow::Resu
         bail!("a container ended with {exit:?}");
     }
     end_of(&mut clone)?;
-    Ok([
-        ms(start, forked),
-        ms(start, first),
-        ms(start, end),
-        (exits.port + exits.memory + exits.interrupted) as f64,
-        owned as f64,
-    ])
+    Ok(Cold {
+        fork: ms(start, forked),
+        populate: ms(forked, populated),
+        first_byte: ms(start, first),
+        exit: ms(start, end),
+        exits: (exits.port + exits.memory + exits.interrupted) as f64,
+        owned_pages: owned as f64,
+    })
 }
 
 /// Lets a clone that has its identity run to its exit frame.

@@ -16,8 +16,10 @@ use crate::report::{Report, Unit};
 use crate::rounds::{Probe, Selection, measure as measure_rounds};
 
 const DISCARDED: u32 = 1;
-/// A count may grow by so much before it is over its budget.
+/// A count may grow by so much before it is over its budget, and by [`SLACK`] in any case: when the host's one CPU turns from
+/// one thread to another makes a difference of one or two.
 const TOLERANCE: f64 = 1.10;
+const SLACK: f64 = 2.0;
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 /// Where the kernel's tracing and debugging files are.
@@ -236,23 +238,27 @@ fn mount_kernel_files() -> anyhow::Result<()> {
 }
 
 /// Compares the counts of a report with a file of budgets, a JSON object of numbers by name. All that are in it must have
-/// been measured, and be no more than a tenth over.
+/// been measured, and be no more than a tenth, or two, over.
 pub fn check(report: &Report, budgets: &Path) -> anyhow::Result<()> {
     let bytes = fs::read(budgets).with_context(|| format!("cannot read {}", budgets.display()))?;
     let budgets: BTreeMap<String, f64> = serde_json::from_slice(&bytes)
         .with_context(|| format!("{} is no table of budgets", budgets.display()))?;
-    let mut over = Vec::new();
+    let (mut kept, mut over) = (0, 0);
     for (name, budget) in &budgets {
-        match report.median(name) {
-            None => over.push(format!("{name} was not measured")),
-            Some(found) if found > budget * TOLERANCE => {
-                over.push(format!("{name} is {found}, its budget {budget}"));
+        let problem = match report.median(name) {
+            None => "was not measured".to_owned(),
+            Some(found) if found > (budget * TOLERANCE).max(budget + SLACK) => format!("is {found}, and its budget {budget}"),
+            Some(_) => {
+                kept += 1;
+                continue;
             }
-            Some(_) => {}
-        }
+        };
+        over += 1;
+        println!("FAILED {name} {problem}");
     }
-    if over.is_empty() {
-        return Ok(());
+    println!("budgets: {kept} passed, {over} failed");
+    if over > 0 {
+        bail!("{over} counts are more than a tenth over their budgets");
     }
-    bail!("over budget: {}", over.join("; "))
+    Ok(())
 }

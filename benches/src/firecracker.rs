@@ -54,10 +54,16 @@ impl Snapshot {
         request(&mut api, "PUT", "/boot-source", &boot)?;
         let machine = json!({ "vcpu_count": 1, "mem_size_mib": MEMORY_MIB });
         request(&mut api, "PUT", "/machine-config", &machine)?;
-        request(&mut api, "PUT", "/actions", &json!({ "action_type": "InstanceStart" }))?;
+        request(
+            &mut api,
+            "PUT",
+            "/actions",
+            &json!({ "action_type": "InstanceStart" }),
+        )?;
         std::thread::sleep(BOOT);
         request(&mut api, "PATCH", "/vm", &json!({ "state": "Paused" }))?;
-        let files = json!({ "snapshot_type": "Full", "snapshot_path": self.state, "mem_file_path": self.memory });
+        let files =
+            json!({ "snapshot_type": "Full", "snapshot_path": self.state, "mem_file_path": self.memory });
         request(&mut api, "PUT", "/snapshot/create", &files)
     }
 

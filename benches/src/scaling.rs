@@ -59,10 +59,11 @@ pub fn measure(
     let mut probes = Vec::new();
     for (template, [cold, parked]) in &sized {
         probes.push(Probe::new([(cold, Unit::Ms)], || {
-            Ok([clones::fork(template, template.working_set())?[1]])
+            Ok([clones::fork(template, template.working_set())?.first_byte])
         }));
         probes.push(Probe::new([(parked, Unit::Ms)], || {
-            Ok([clones::parked(template)?[1]])
+            let [_, first_byte, ..] = clones::parked(template)?;
+            Ok([first_byte])
         }));
     }
     probes.push(Probe::new([("teardown", Unit::Ms)], || teardown(template)));

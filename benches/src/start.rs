@@ -65,7 +65,7 @@ pub fn measure(
         Probe::new([("fork_freeze_again", Unit::Ms)], || clones::freeze_again(&small)),
         clones::fork_probe(&small),
         Probe::new([("fork_unpopulated_exit", Unit::Ms)], || {
-            Ok([clones::fork(&small, None)?[2]])
+            Ok([clones::fork(&small, None)?.exit])
         }),
         clones::parked_probe(&small),
         Probe::new(
@@ -99,7 +99,48 @@ pub fn measure(
         probes.push(run_probe(workspace, DISTRIBUTION).named("debian_"));
     }
     rounds::measure("starts", probes, selection, (DISCARDED, rounds), report)?;
+    note_steps(report);
     Ok(small)
+}
+
+/// Where the time of one start goes, by the medians of its steps, in milliseconds.
+fn note_steps(report: &mut Report) {
+    let median = |name| report.median(name);
+    let cold = || {
+        let (fork, populate) = (median("fork")?, median("populate")?);
+        let entered = (median("fork_first_instruction")? - fork).max(0.0);
+        let first_byte = median("fork_first_byte")?;
+        Some(vec![
+            ("fork: memory, VM, state, threads".to_owned(), fork),
+            ("populate what it will write".to_owned(), populate),
+            ("enter the guest".to_owned(), entered),
+            (
+                "become, exec, output".to_owned(),
+                (first_byte - fork - populate - entered).max(0.0),
+            ),
+            (
+                "exit status".to_owned(),
+                (median("fork_exit")? - first_byte).max(0.0),
+            ),
+        ])
+    };
+    let parked = || {
+        let (entered, first_byte) = (median("parked_first_instruction")?, median("parked_first_byte")?);
+        Some(vec![
+            ("enter the guest".to_owned(), entered),
+            ("become, exec, output".to_owned(), (first_byte - entered).max(0.0)),
+            (
+                "exit status".to_owned(),
+                (median("parked_exit")? - first_byte).max(0.0),
+            ),
+        ])
+    };
+    let bars = [("cold start", cold()), ("start of a parked clone", parked())];
+    for (name, steps) in bars {
+        if let Some(steps) = steps {
+            report.steps.insert(name.to_owned(), steps);
+        }
+    }
 }
 
 fn template(
