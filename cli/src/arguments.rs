@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use picovm_engine::POOL_MAX;
 
 /// Run every container as its own lightweight VM, forked from a frozen one.
 #[derive(Parser)]
@@ -27,6 +28,9 @@ pub enum Command {
     /// Build, list, show and remove templates (frozen machines)
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// Measure starts and memory on this machine
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Check whether this machine can run picovm, and what to do if not
     Doctor {
         /// Print JSON
@@ -141,6 +145,68 @@ pub enum TemplateCommand {
     },
 }
 
+#[derive(Subcommand)]
+pub enum BenchCommand {
+    /// Measure how long starts take, of a process and of containers, in turn
+    #[command(
+        long_about = "Measures how long starts take by this machine's clock, in turn: of a process of this machine (/bin/echo, \
+where there is one), of a container in a clone that is forked for it (cold), and of one in a clone of a pool. Each to the \
+first byte of its output and to its exit status. A cold clone is taken down before its exit status is there; one of a pool \
+after it.",
+        after_help = "Examples:
+  picovm bench latency
+  picovm bench latency --rounds 200 --memory 512m debian
+  picovm bench latency --json debian python3 -c 'print(1)'
+
+The command has to write something and to end with status 0."
+    )]
+    Latency(LatencyOptions),
+    /// Measure what parked and live clones take of this machine's memory
+    #[command(
+        long_about = "Parks clones, starts a container in each that waits for input, has all of them answer, and ends them. \
+Measures what that takes of the memory that is available, all of it counted, and how starts go as live clones become many. \
+What else this machine does meanwhile is counted too.",
+        after_help = "Examples:
+  picovm bench density
+  picovm bench density --clones 1000 --memory 128m debian
+  picovm bench density --json debian
+
+The image needs a shell, `sh`."
+    )]
+    Density(DensityOptions),
+}
+
+#[derive(Args)]
+pub struct LatencyOptions {
+    /// Rounds that count
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub rounds: u32,
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The image's name; by default the only one that there is, or `debian`
+    pub image: Option<String>,
+    /// The command and its arguments; by default `echo hello`
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<OsString>,
+}
+
+#[derive(Args)]
+pub struct DensityOptions {
+    /// How many clones
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=POOL_MAX as i64))]
+    pub clones: u32,
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The image's name; by default the only one that there is, or `debian`
+    pub image: Option<String>,
+}
+
 /// Whole MiB from a size as Docker takes it.
 fn parse_memory(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
@@ -224,5 +290,23 @@ mod tests {
         };
         assert_eq!(options.command, ["ls", "-l", "--all"]);
         assert_eq!(options.machine.memory, 64);
+    }
+
+    #[test]
+    fn what_is_measured_may_be_left_out_and_a_pool_has_its_limit() {
+        let parse = |arguments: &str| Cli::try_parse_from(arguments.split(' ')).map(|cli| cli.command);
+        let Ok(Command::Bench(BenchCommand::Latency(options))) = parse("picovm bench latency --json") else {
+            panic!("not latency")
+        };
+        assert_eq!((options.image, options.command.len()), (None, 0));
+        let Ok(Command::Bench(BenchCommand::Latency(options))) =
+            parse("picovm bench latency --rounds 2 debian ls --json")
+        else {
+            panic!("not latency")
+        };
+        assert_eq!((options.json, options.command.len()), (false, 2));
+        assert!(parse("picovm bench density --clones 1024").is_ok());
+        assert!(parse("picovm bench density --clones 1025").is_err());
+        assert!(parse("picovm bench density --clones 0").is_err());
     }
 }

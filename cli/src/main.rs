@@ -1,6 +1,7 @@
 //! `picovm`: runs every container as its own lightweight VM.
 
 mod arguments;
+mod bench;
 mod doctor;
 mod image;
 mod output;
@@ -19,13 +20,14 @@ const OWN_ERROR: u8 = 125;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     log(cli.verbose);
-    if !matches!(cli.command, Command::Run(_)) {
+    if !matches!(cli.command, Command::Run(_) | Command::Bench(_)) {
         end_with_the_reader();
     }
     let result = match cli.command {
         Command::Run(options) => run::run(&options),
         Command::Image(command) => image::image(&command),
         Command::Template(command) => template::template(&command),
+        Command::Bench(command) => bench::bench(&command),
         Command::Doctor { json } => doctor::doctor(json),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "picovm", &mut std::io::stdout());
@@ -38,9 +40,10 @@ fn main() -> ExitCode {
     })
 }
 
-/// `picovm image ls | head` ends silently, as other commands do. `run` handles a closed pipe itself.
+/// `picovm image ls | head` ends silently, as other commands do. `run` handles a closed pipe itself; `bench` calls this
+/// when nothing is measured any more, because a container that has ended must not end it.
 fn end_with_the_reader() {
-    // SAFETY: before any thread or handler; it only puts the default action back, which Rust replaces at start.
+    // SAFETY: SIG_DFL is a valid disposition; it only puts the default action back, which Rust replaces at start.
     unsafe {
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
     }

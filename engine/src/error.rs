@@ -4,7 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use picovm_guest_protocol::FrameError;
+use picovm_guest_protocol::{ContainerExit, FrameError};
 use picovm_rootfs::image::ImageError;
 use picovm_vmm::{MachineError, TemplateError};
 
@@ -122,6 +122,37 @@ pub enum EngineError {
     /// A VMM process of a pool failed.
     #[error("a clone of the pool failed: {0}")]
     Vmm(String),
+    /// One of the clones whose density is measured failed.
+    #[error("cannot {attempted} clone {number} of {clones}: {reason}")]
+    Numbered {
+        /// `park`, `start a container in`, ...
+        attempted: &'static str,
+        /// Which one, from 1 on.
+        number: usize,
+        /// How many there were to be.
+        clones: usize,
+        /// What happened.
+        reason: Box<EngineError>,
+    },
+    /// A container did something else than it was started for.
+    #[error("its container wrote {output:?} and {}", how(exit))]
+    Unexpected {
+        /// What it wrote.
+        output: String,
+        /// How it ended.
+        exit: ContainerExit,
+    },
+    /// This process may not have as many files open as it needs.
+    #[error(
+        "this needs {needed} open files, and the limit is {limit}: start it with a higher one (`ulimit -Hn`), \
+         or with fewer clones"
+    )]
+    OpenFiles {
+        /// How many it needs.
+        needed: u64,
+        /// To how many the limit can be raised.
+        limit: u64,
+    },
     /// What the agent sends makes no sense.
     #[error("the clone's agent broke the protocol: {0}")]
     Protocol(#[from] FrameError),
@@ -136,6 +167,19 @@ pub enum EngineError {
         /// What happened.
         source: io::Error,
     },
+}
+
+fn how(exit: &ContainerExit) -> String {
+    match exit {
+        ContainerExit::Code(code) => format!("ended with status {code}"),
+        ContainerExit::Signal(signal) => format!("was ended by signal {signal}"),
+        ContainerExit::NotStarted(failure) => {
+            format!(
+                "could not be started: cannot {}: {}",
+                failure.attempted, failure.message
+            )
+        }
+    }
 }
 
 fn console(tail: &str) -> String {

@@ -15,6 +15,7 @@
 
 mod attach;
 mod container;
+mod density;
 mod error;
 mod guest;
 mod images;
@@ -28,6 +29,7 @@ mod vmm_process;
 
 pub use attach::{Interruption, Stdio, Wake};
 pub use container::{Container, ContainerOptions};
+pub use density::{Density, DensityPoint, DensityProgress};
 pub use error::EngineError;
 pub use guest::GuestFiles;
 pub use images::Image;

@@ -99,6 +99,18 @@ impl Pool {
         self.refill()
     }
 
+    /// How many clones are known to be parked: those for which this pool has waited.
+    #[must_use]
+    pub fn parked(&self) -> usize {
+        self.waiting.iter().filter(|waiting| waiting.parked).count()
+    }
+
+    /// Process id of the fork server. Its children are the VMM processes, of parked and of live clones.
+    #[must_use]
+    pub fn server_id(&self) -> u32 {
+        self.server.id()
+    }
+
     /// Waits until every clone of the pool is parked.
     ///
     /// # Errors
@@ -239,13 +251,14 @@ impl AsFd for PooledContainer {
     }
 }
 
-fn wait_readable(socket: &UnixStream, timeout: Duration) -> io::Result<()> {
+/// Waits until a descriptor is readable; [`io::ErrorKind::TimedOut`] if it is not by then.
+pub(crate) fn wait_readable(source: &impl AsFd, timeout: Duration) -> io::Result<()> {
     let timeout = Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(timeout.subsec_nanos()),
     };
     loop {
-        match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout)) {
+        match poll(&mut [PollFd::new(source, PollFlags::IN)], Some(&timeout)) {
             Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Ok(_) => return Ok(()),
             Err(rustix::io::Errno::INTR) => {}

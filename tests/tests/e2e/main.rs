@@ -1,6 +1,7 @@
 //! End-to-end tests: a real kernel, a real Debian, the real command. They need KVM; `make test` runs them in the
 //! emulated host where there is none.
 
+mod bench;
 mod clones;
 mod doctor;
 mod faults;

@@ -9,10 +9,10 @@ use picovm_engine::{ContainerExit, ContainerOptions, EngineError, Pool, PooledCo
 
 use crate::template;
 
-/// These tests count processes, so one at a time.
+/// Tests that count processes run one at a time.
 static ONE: Mutex<()> = Mutex::new(());
 
-fn alone() -> MutexGuard<'static, ()> {
+pub fn alone() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -72,7 +72,8 @@ fn vmm_processes() -> Vec<(i32, i32)> {
         .collect()
 }
 
-fn gone_within(limit: Duration) -> bool {
+/// Whether there is no fork server and no VMM process any more by then.
+pub fn gone_within(limit: Duration) -> bool {
     let start = Instant::now();
     while !vmm_processes().is_empty() {
         if start.elapsed() > limit {
