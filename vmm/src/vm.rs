@@ -160,7 +160,7 @@ pub fn save(vm: &VmFd) -> Result<VmState, VmError> {
     Ok(VmState { irqchips, clock })
 }
 
-/// Loads it into a fresh VM. The interrupt controllers go before the vCPUs, the clock after them.
+/// Loads the interrupt controllers into a fresh VM, before its vCPUs.
 pub fn load_irqchips(vm: &VmFd, state: &VmState) -> Result<(), VmError> {
     for chip in &state.irqchips {
         ioctl("load the interrupt controllers", vm.set_irqchip(chip))?;
@@ -168,7 +168,7 @@ pub fn load_irqchips(vm: &VmFd, state: &VmState) -> Result<(), VmError> {
     Ok(())
 }
 
-/// Sets the paravirtual clock to the moment of the freeze.
+/// Sets the paravirtual clock, before the vCPUs run.
 pub fn load_clock(vm: &VmFd, clock: &kvm_clock_data) -> Result<(), VmError> {
     ioctl("load the clock", vm.set_clock(clock))
 }

@@ -202,3 +202,27 @@ fn what_cannot_be_a_pool_is_refused_with_the_reason() {
     drop(pool);
     assert!(gone_within(Duration::from_secs(20)));
 }
+
+#[test]
+fn a_clone_does_not_notice_how_long_it_was_parked_and_knows_the_time_of_day() {
+    let _alone = alone();
+    let mut pool = Pool::new(template(), 2).unwrap();
+    pool.wait_until_full(PARKING).unwrap();
+    let uptime_and_time = |pool: &mut Pool| {
+        let (output, errors, exit) = start(pool, "cat /proc/uptime; date +%s").end();
+        assert_eq!(exit, ContainerExit::Code(0), "{errors}");
+        let numbers: Vec<f64> = output
+            .split_whitespace()
+            .map(|number| number.parse().unwrap())
+            .collect();
+        (numbers[0], numbers[2])
+    };
+    let (early, _) = uptime_and_time(&mut pool);
+    std::thread::sleep(Duration::from_secs(5));
+    let (late, seconds) = uptime_and_time(&mut pool);
+    assert!((late - early).abs() < 3.0, "{early} {late}");
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    assert!((now.as_secs_f64() - seconds).abs() < 3.0, "{seconds} {now:?}");
+}
