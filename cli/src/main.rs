@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         }
     };
     result.unwrap_or_else(|error| {
-        eprintln!("picovm: {error:#}");
+        eprintln!("picovm: {}", output::sentence(&error));
         ExitCode::from(OWN_ERROR)
     })
 }

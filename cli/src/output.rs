@@ -50,6 +50,18 @@ pub fn age(seconds: u64) -> String {
     }
 }
 
+/// An error for people: what was attempted and why it failed, each said once. Most messages name their cause themselves.
+pub fn sentence(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |told, cause| {
+        let cause = cause.to_string();
+        if told.contains(&cause) {
+            told
+        } else {
+            format!("{told}: {cause}")
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,5 +71,25 @@ mod tests {
         assert_eq!(size(0), "0 B");
         assert_eq!(size(1536), "1.5 KiB");
         assert_eq!(size(170 << 20), "170 MiB");
+    }
+
+    #[test]
+    fn an_error_says_each_cause_once() {
+        #[derive(Debug)]
+        struct Failed(std::io::Error);
+        impl std::fmt::Display for Failed {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "cannot read x: {}", self.0)
+            }
+        }
+        impl std::error::Error for Failed {
+            fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+                Some(&self.0)
+            }
+        }
+        let error = anyhow::Error::from(Failed(std::io::Error::other("no such thing")));
+        assert_eq!(sentence(&error), "cannot read x: no such thing");
+        let error = error.context("cannot start");
+        assert_eq!(sentence(&error), "cannot start: cannot read x: no such thing");
     }
 }
