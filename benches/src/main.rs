@@ -54,6 +54,9 @@ struct Arguments {
     /// Clones whose memory is measured
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
     clones: u32,
+    /// Take in the measures of another report
+    #[arg(long, value_name = "FILE")]
+    take_in: Vec<PathBuf>,
     /// End with an error if a count is more than a tenth over what this JSON file says
     #[arg(long, value_name = "FILE")]
     budgets: Option<PathBuf>,
@@ -81,7 +84,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let many = ((arguments.rounds / 3).max(1), arguments.starts);
     scaling::measure(&workspace, &template, &selection, many, &mut report)?;
     counts::measure(&template, &selection, (arguments.rounds / 5).max(1), &mut report)?;
+    // Memory needs no particular clock, and hundreds of clones take long where instructions are counted.
     if workspace.has_shell
+        && (selection.is_named() || report.clock == host::Clock::Time)
         && let Err(error) = density::measure(&template, arguments.clones, &selection, &mut report)
     {
         // The other figures are not lost for it.
@@ -90,6 +95,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         report.failures.push(failure);
     }
 
+    for path in &arguments.take_in {
+        report.take_in(path)?;
+    }
     if report.measures.is_empty() {
         anyhow::bail!(
             "--only {} names nothing that is measured",

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::Serialize;
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
 
 use crate::host;
 use crate::workspace::Workspace;
 
 /// What a figure counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Unit {
     /// Milliseconds.
@@ -28,7 +29,7 @@ pub enum Unit {
 }
 
 /// One figure.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Measure {
     pub name: String,
     pub unit: Unit,
@@ -91,6 +92,23 @@ impl Report {
             n: values.len(),
             values,
         });
+    }
+
+    /// Takes in measures and curves of another report: of memory, say, which needs no particular clock.
+    pub fn take_in(&mut self, path: &Path) -> anyhow::Result<()> {
+        #[derive(Deserialize)]
+        struct Part {
+            measures: Vec<Measure>,
+            curves: BTreeMap<String, Vec<[f64; 2]>>,
+            failures: Vec<String>,
+        }
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let part: Part =
+            serde_json::from_slice(&bytes).with_context(|| format!("{} is no report", path.display()))?;
+        self.measures.extend(part.measures);
+        self.curves.extend(part.curves);
+        self.failures.extend(part.failures);
+        Ok(())
     }
 
     /// The median of a measure.

@@ -53,6 +53,11 @@ impl Selection {
         }
     }
 
+    /// Whether some are named.
+    pub fn is_named(&self) -> bool {
+        !self.prefixes.is_empty()
+    }
+
     pub fn has(&self, name: &str) -> bool {
         self.prefixes.is_empty()
             || self
