@@ -50,6 +50,7 @@ fn main() {
 
 fn live(trap: &Trap) -> Result<(), InitError> {
     mounts::loopback_up()?;
+    mounts::quiet_kernel()?;
     let control = control::open_port()?;
     mounts::hide_machine()?;
     let area = IdentityArea::allocate()?;

@@ -139,6 +139,16 @@ pub fn hide_machine() -> Result<(), InitError> {
     Ok(())
 }
 
+/// Seconds between two rounds in which the kernel adds up its counters of memory: once a second by default, which wakes every
+/// clone that has nothing to do. Whoever reads the counters has them added up at once.
+const STATISTICS_INTERVAL: &str = "3600";
+
+/// Keeps the kernel from waking for what nobody waits for.
+pub fn quiet_kernel() -> Result<(), InitError> {
+    let path = "/proc/sys/vm/stat_interval";
+    fs::write(path, STATISTICS_INTERVAL).attempt(|| format!("write {path}"))
+}
+
 /// Brings the loopback interface up, if the kernel has one.
 pub fn loopback_up() -> Result<(), InitError> {
     let attempted = || "bring the loopback interface up".into();
