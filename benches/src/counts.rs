@@ -247,7 +247,9 @@ pub fn check(report: &Report, budgets: &Path) -> anyhow::Result<()> {
     for (name, budget) in &budgets {
         let problem = match report.median(name) {
             None => "was not measured".to_owned(),
-            Some(found) if found > (budget * TOLERANCE).max(budget + SLACK) => format!("is {found}, and its budget {budget}"),
+            Some(found) if found > (budget * TOLERANCE).max(budget + SLACK) => {
+                format!("is {found}, and its budget {budget}")
+            }
             Some(_) => {
                 kept += 1;
                 continue;
