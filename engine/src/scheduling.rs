@@ -35,8 +35,10 @@ pub fn give_way() {
 
 /// While it lives this thread asks for the processor in short slices, for which the scheduler runs it at once when it wakes,
 /// even where all processors are busy, with vCPUs above all (Linux 6.12, sched_setattr(2); an earlier kernel ignores it).
-/// Threads and processes that it makes meanwhile inherit it.
-pub struct Prompt;
+/// Threads and processes that it makes meanwhile inherit it. A thread with a policy other than the usual one keeps what it has.
+pub struct Prompt {
+    changed: bool,
+}
 
 /// The shortest slice that the kernel takes, in nanoseconds.
 const SLICE_NS: u64 = 100_000;
@@ -45,15 +47,21 @@ impl Prompt {
     /// Begins it.
     #[must_use]
     pub fn begin() -> Self {
-        set_slice(SLICE_NS);
-        Self
+        // SAFETY: takes a plain integer; 0 is this thread.
+        let changed = unsafe { libc::sched_getscheduler(0) } == libc::SCHED_OTHER;
+        if changed {
+            set_slice(SLICE_NS);
+        }
+        Self { changed }
     }
 }
 
 impl Drop for Prompt {
     fn drop(&mut self) {
-        // 0: the kernel's own.
-        set_slice(0);
+        if self.changed {
+            // 0: the kernel's own.
+            set_slice(0);
+        }
     }
 }
 
@@ -84,4 +92,28 @@ fn set_slice(nanoseconds: u64) {
     // SAFETY: the structure is initialised, says its size and outlives the call. A host that refuses it only makes the
     // thread wait its turn.
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy() -> libc::c_int {
+        // SAFETY: takes a plain integer.
+        unsafe { libc::sched_getscheduler(0) }
+    }
+
+    #[test]
+    fn a_thread_with_a_policy_of_its_own_keeps_it() {
+        let batch = Batch::begin();
+        let before = policy();
+        let prompt = Prompt::begin();
+        assert_eq!(policy(), before);
+        drop(prompt);
+        assert_eq!(policy(), before);
+        drop(batch);
+        assert_eq!(policy(), libc::SCHED_OTHER);
+        drop(Prompt::begin());
+        assert_eq!(policy(), libc::SCHED_OTHER);
+    }
 }
