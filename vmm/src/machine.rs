@@ -519,20 +519,22 @@ impl Machine {
         let mut vm = vm::save(&self.vm)?;
         // The guest's time stands still while the machine does: a timer that would go off meanwhile is not to go off first
         // thing in every clone. The last vCPU to stop tells how much that is.
-        let since_stop = saved.iter().map(|saved| saved.since_stop).min().unwrap_or(0);
         let rate = saved.first().map_or(0, |saved| saved.state.tsc_khz);
+        let since_stop = match rate {
+            // Where KVM does not know it, counter and clock could not be set back alike.
+            0 => 0,
+            _ => saved.iter().map(|saved| saved.since_stop).min().unwrap_or(0),
+        };
         if let Some(clock) = self.clock {
             vm.clock = clock;
-        } else if rate > 0 {
+        } else {
             vm.rewind_clock(since_stop, rate);
         }
         let vcpus = saved
             .into_iter()
             .map(|saved| {
                 let mut state = saved.state;
-                if rate > 0 {
-                    state.rewind(since_stop);
-                }
+                state.rewind(since_stop);
                 state
             })
             .collect();

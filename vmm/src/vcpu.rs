@@ -180,6 +180,15 @@ fn is_time(msr: &Msr) -> bool {
     matches!(msr.index, MSR_TSC | MSR_TSC_DEADLINE)
 }
 
+/// Where a register stands among those that are loaded: the counter first, the deadline of its timer last.
+fn order(msr: &Msr) -> u8 {
+    match msr.index {
+        MSR_TSC => 0,
+        MSR_TSC_DEADLINE => 2,
+        _ => 1,
+    }
+}
+
 /// The time stamp counter of a vCPU that is not running.
 ///
 /// # Errors
@@ -199,11 +208,7 @@ pub fn save(vcpu: &VcpuFd, index: u8, list: &MsrList) -> Result<VcpuState, VcpuE
     let debug = ioctl(index, "save the debug registers", vcpu.get_debug_regs())?;
     let mut msrs = read_msrs(vcpu, index, &list.numbers)?;
     msrs.retain(|msr| msr.index == MSR_TSC || !list.fresh.contains(msr));
-    msrs.sort_by_key(|msr| match msr.index {
-        MSR_TSC => 0,
-        MSR_TSC_DEADLINE => 2,
-        _ => 1,
-    });
+    msrs.sort_by_key(order);
     // After the registers: KVM may deliver an expired timer at any moment, and then clears its deadline. Read in this
     // order, the interrupt is in one of the two, or in both and comes twice, but never in neither.
     let lapic = ioctl(index, "save the local APIC", vcpu.get_lapic())?;
@@ -275,10 +280,8 @@ impl VcpuState {
     #[must_use]
     pub fn with_time(mut self, time: &[Msr]) -> Self {
         self.msrs.retain(|msr| !is_time(msr));
-        let deadline = time.iter().filter(|msr| msr.index == MSR_TSC_DEADLINE);
-        self.msrs.extend(deadline);
-        let counter = time.iter().copied().filter(|msr| msr.index == MSR_TSC);
-        self.msrs.splice(0..0, counter);
+        self.msrs.extend(time);
+        self.msrs.sort_by_key(order);
         self
     }
 
@@ -349,13 +352,14 @@ pub fn load(vcpu: &VcpuFd, index: u8, state: &VcpuState) -> Result<(), VcpuError
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn state(msrs: &[(u32, u64)]) -> VcpuState {
+    /// A vCPU that never was, with these registers.
+    pub(crate) fn state(msrs: &[(u32, u64)]) -> VcpuState {
         VcpuState {
             tsc_khz: 1,
-            cpuid: Vec::new(),
+            cpuid: vec![Default::default(); 2],
             msrs: msrs.iter().map(|&(index, value)| Msr { index, value }).collect(),
             regs: Default::default(),
             sregs: Default::default(),

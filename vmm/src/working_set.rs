@@ -183,26 +183,17 @@ impl WorkingSet {
             .collect()
     }
 
-    /// The same, with these blocks read as a whole: what is in one large page is mapped by one fault.
+    /// These blocks, read as a whole.
     #[must_use]
-    pub(crate) fn with_whole_blocks(mut self, blocks: &[u64]) -> Self {
-        if blocks.is_empty() {
-            return self;
+    pub(crate) fn of_read_blocks(blocks: &[u64]) -> Self {
+        let read = blocks.iter().map(|block| Pages {
+            first: block.saturating_mul(LARGE_PAGE_PAGES),
+            count: LARGE_PAGE_PAGES,
+        });
+        Self {
+            written: Vec::new(),
+            read: read.collect(),
         }
-        let read: BTreeSet<u64> = self
-            .read
-            .iter()
-            .flat_map(|pages| pages.first..pages.first.saturating_add(pages.count))
-            .chain(blocks.iter().flat_map(|block| {
-                let first = block.saturating_mul(LARGE_PAGE_PAGES);
-                first..first.saturating_add(LARGE_PAGE_PAGES)
-            }))
-            .collect();
-        self.read = Vec::new();
-        for page in read {
-            push(&mut self.read, page);
-        }
-        self
     }
 
     /// Makes the pages that will be written present in a clone's memory, as copies of its own. Faulted in one by one, each

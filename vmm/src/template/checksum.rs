@@ -3,7 +3,12 @@
 //! The memory's covers its chunks that are not all zero, each with its place: it costs what the memory holds and not
 //! what it spans, and a hole is the same as zeros.
 
+use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::SeekFrom;
 
 /// Bytes of a chunk of memory.
 pub const CHUNK: usize = 64 << 10;
@@ -42,31 +47,36 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     tail.iter().all(|byte| *byte == 0) && words.iter().all(|word| u128::from_ne_bytes(*word) == 0)
 }
 
-/// Reads a memory file as it is on disk, holes skipped, and returns its checksum.
-pub fn of_memory(file: &std::fs::File, bytes: u64) -> io::Result<String> {
-    use std::os::unix::fs::FileExt;
-    let mut checksum = MemoryChecksum::new(bytes);
-    let mut buffer = vec![0u8; CHUNK];
-    let mut offset = 0u64;
+/// Chunks of a memory file that hold data, by their index: the others are holes.
+pub fn data_chunks(file: &File, bytes: u64) -> io::Result<BTreeSet<u64>> {
+    let mut chunks = BTreeSet::new();
+    let mut offset = 0;
     while offset < bytes {
-        let data = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
-            Ok(data) => data,
+        let data = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+            Ok(data) if data < bytes => data,
             // No data behind the offset: the rest is a hole.
-            Err(rustix::io::Errno::NXIO) => break,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
             Err(error) => return Err(error.into()),
         };
-        let index = data / CHUNK as u64;
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(data))?.min(bytes);
+        chunks.extend(data / CHUNK as u64..hole.div_ceil(CHUNK as u64));
+        offset = hole.max(data + 1);
+    }
+    Ok(chunks)
+}
+
+/// Reads a memory file as it is on disk, holes skipped, and returns its checksum.
+pub fn of_memory(file: &File, bytes: u64) -> io::Result<String> {
+    let mut checksum = MemoryChecksum::new(bytes);
+    let mut buffer = vec![0u8; CHUNK];
+    for index in data_chunks(file, bytes)? {
         let start = index * CHUNK as u64;
-        if start >= bytes {
-            break;
-        }
         let length = usize::try_from(bytes - start).unwrap_or(CHUNK).min(CHUNK);
         let chunk = buffer.get_mut(..length).unwrap_or_default();
         file.read_exact_at(chunk, start)?;
         if !is_zero(chunk) {
             checksum.chunk(index, chunk);
         }
-        offset = start + length as u64;
     }
     Ok(checksum.finish())
 }
@@ -103,5 +113,18 @@ mod tests {
         assert_eq!(file(&[]), file(&[(5, &[0; 100])]));
         assert_ne!(file(&[(5, b"x")]), file(&[]));
         assert_ne!(file(&[(5, b"x")]), file(&[(5 + CHUNK as u64, b"x")]));
+    }
+
+    #[test]
+    fn the_chunks_of_a_file_that_hold_data_are_found() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 * CHUNK as u64).unwrap();
+        assert!(data_chunks(&file, 64 * CHUNK as u64).unwrap().is_empty());
+        for chunk in [3, 4, 63] {
+            file.write_all_at(b"data", chunk * CHUNK as u64 + 9).unwrap();
+        }
+        let found = data_chunks(&file, 64 * CHUNK as u64).unwrap();
+        assert!([3, 4, 63].iter().all(|chunk| found.contains(chunk)), "{found:?}");
+        assert!(!found.contains(&30), "{found:?}");
     }
 }

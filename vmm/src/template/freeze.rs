@@ -99,7 +99,7 @@ impl Machine {
     fn touched_chunks(&self, total: u64) -> Option<BTreeSet<u64>> {
         let set = self.working_set().ok()?;
         let mut chunks = match self.origin() {
-            Some(file) => data_chunks(file, total).ok()?,
+            Some(file) => checksum::data_chunks(file, total).ok()?,
             None => BTreeSet::new(),
         };
         for pages in set.written.iter().chain(&set.read) {
@@ -150,24 +150,6 @@ impl Machine {
             data_bytes,
         ))
     }
-}
-
-/// Chunks of a memory file that hold data.
-fn data_chunks(file: &File, bytes: u64) -> rustix::io::Result<BTreeSet<u64>> {
-    let mut chunks = BTreeSet::new();
-    let mut offset = 0;
-    while offset < bytes {
-        let data = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
-            Ok(data) => data,
-            // No data behind the offset: the rest is a hole.
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(error) => return Err(error),
-        };
-        let hole = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(data))?;
-        chunks.extend(data / CHUNK as u64..hole.div_ceil(CHUNK as u64));
-        offset = hole.max(data + 1);
-    }
-    Ok(chunks)
 }
 
 /// Writes the pages of a chunk that are not all zero, runs of them at once.
@@ -245,19 +227,6 @@ mod tests {
             0o755
         );
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn the_chunks_of_a_file_that_hold_data_are_found() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(64 * CHUNK as u64).unwrap();
-        assert!(data_chunks(&file, 64 * CHUNK as u64).unwrap().is_empty());
-        for chunk in [3, 4, 63] {
-            file.write_all_at(b"data", chunk * CHUNK as u64 + 9).unwrap();
-        }
-        let found = data_chunks(&file, 64 * CHUNK as u64).unwrap();
-        assert!([3, 4, 63].iter().all(|chunk| found.contains(chunk)), "{found:?}");
-        assert!(!found.contains(&30), "{found:?}");
     }
 
     #[test]

@@ -187,7 +187,8 @@ impl Template {
     pub fn record_working_set(&mut self, set: WorkingSet) {
         let blocks = large_pages::collapse(&self.memory, &set);
         tracing::debug!(?blocks, "what a start only reads is in large pages");
-        let set = set.with_whole_blocks(&blocks);
+        // What is in one large page is mapped by one fault.
+        let set = set.union(&WorkingSet::of_read_blocks(&blocks));
         if let Ok(bytes) = postcard::to_stdvec(&set) {
             store_advice(&self.path, WORKING_SET, &bytes);
         }
@@ -343,7 +344,6 @@ mod tests {
     use crate::devices::legacy::PortsState;
     use crate::devices::trap::TrapState;
     use crate::template::format::{FORMAT_VERSION, FileRecord};
-    use crate::vcpu::VcpuState;
     use crate::vm::VmState;
     use proptest::prelude::*;
     use std::os::unix::fs::FileExt;
@@ -351,26 +351,13 @@ mod tests {
     const MIB: u64 = 32;
 
     fn state() -> MachineState {
-        let vcpu = VcpuState {
-            tsc_khz: 1,
-            cpuid: vec![Default::default(); 2],
-            msrs: vec![crate::vcpu::Msr { index: 1, value: 2 }],
-            regs: Default::default(),
-            sregs: Default::default(),
-            xsave: Default::default(),
-            xcrs: Default::default(),
-            debug: Default::default(),
-            lapic: Default::default(),
-            events: Default::default(),
-            mp_state: Default::default(),
-        };
         MachineState {
             memory_mib: MIB,
             vm: VmState {
                 irqchips: vec![Default::default()],
                 clock: Default::default(),
             },
-            vcpus: vec![vcpu],
+            vcpus: vec![crate::vcpu::tests::state(&[(1, 2)])],
             slots: Vec::new(),
             trap: TrapState {
                 identity_pages: vec![0x1000],
