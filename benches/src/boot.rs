@@ -5,12 +5,13 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use picovm_engine::figures::ms;
 use picovm_vmm::machine::Machine;
 use picovm_vmm::{Disk, ForkOptions, FreezeOptions, MachineConfig, Outcome, Template};
 
 use crate::process;
 use crate::report::{Report, Unit};
-use crate::rounds::{self, Probe, Selection, ms};
+use crate::rounds::{self, Probe, Selection};
 use crate::workspace::Workspace;
 
 /// Memory of every machine that is measured, in MiB.

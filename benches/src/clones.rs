@@ -7,16 +7,17 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use picovm_engine::Prompt;
+use picovm_engine::figures::ms;
 use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, Identity, Stream};
 use picovm_vmm::machine::Machine;
 use picovm_vmm::{ForkOptions, Outcome, Template, WorkingSet};
 
 use crate::report::Unit;
-use crate::rounds::{Probe, ms};
+use crate::rounds::Probe;
 use crate::start::{PARKED, START_MAX, WORD, check_output};
 
-/// From forking a clone to the exit that its first instruction makes, of a guest whose first instruction traps.
-pub fn first_instruction(template: &Template) -> anyhow::Result<[f64; 1]> {
+/// From forking a clone without an identity to its trap: with its first instruction, or once it has looked for one.
+pub fn trap(template: &Template) -> anyhow::Result<[f64; 1]> {
     let start = Instant::now();
     let mut clone = template.fork(ForkOptions::default())?;
     trap_again(&mut clone)?;
@@ -47,14 +48,6 @@ fn trap_again(clone: &mut Machine) -> anyhow::Result<()> {
         Some(Outcome::FreezePoint) => Ok(()),
         outcome => bail!("a clone did not trap again: {outcome:?}"),
     }
-}
-
-/// Forks a clone without an identity: its first instructions find none and trap again.
-pub fn freeze_again(template: &Template) -> anyhow::Result<[f64; 1]> {
-    let start = Instant::now();
-    let mut clone = template.fork(ForkOptions::default())?;
-    trap_again(&mut clone)?;
-    Ok([ms(start, Instant::now())])
 }
 
 /// What one cold start took: milliseconds from the fork, and counts.
@@ -97,23 +90,15 @@ pub fn fork_probe(template: &Template) -> Probe<'_> {
 /// frames.
 pub fn fork(template: &Template, populated: Option<&WorkingSet>) -> anyhow::Result<Cold> {
     let start = Instant::now();
-    let identity = identity()?.encode(template.identity_area())?;
-    let mut clone = template.fork(ForkOptions {
-        identity,
-        ..ForkOptions::default()
-    })?;
+    let mut clone = with_identity(template)?;
     let forked = Instant::now();
     if let Some(set) = populated {
         set.populate_written(clone.memory());
     }
     let populated = Instant::now();
-    let mut connection = clone
-        .take_connection()
-        .context("a clone has no control connection")?;
-    connection.set_read_timeout(Some(START_MAX))?;
+    let mut connection = connect(&mut clone)?;
     clone.start()?;
-    let (output, first, exit, end) = listen(&mut connection)
-        .with_context(|| format!("a clone did not answer; its console:\n{}", clone.console_tail()))?;
+    let (output, first, exit, end) = listen(&clone, &mut connection)?;
     let exits = clone.exits();
     let owned = owned_pages()?;
     check_output(&output)?;
@@ -133,22 +118,15 @@ pub fn fork(template: &Template, populated: Option<&WorkingSet>) -> anyhow::Resu
 
 /// Lets a clone that has its identity run to its exit frame.
 pub fn start_and_listen(clone: &mut Machine) -> anyhow::Result<()> {
-    let mut connection = clone
-        .take_connection()
-        .context("a clone has no control connection")?;
-    connection.set_read_timeout(Some(START_MAX))?;
+    let mut connection = connect(clone)?;
     clone.start()?;
-    let (output, ..) = listen(&mut connection)
-        .with_context(|| format!("a clone did not answer; its console:\n{}", clone.console_tail()))?;
+    let (output, ..) = listen(clone, &mut connection)?;
     check_output(&output)
 }
 
 /// Runs one container and looks which pages it has touched.
 pub fn record(template: &Template) -> anyhow::Result<WorkingSet> {
-    let mut clone = template.fork(ForkOptions {
-        identity: identity()?.encode(template.identity_area())?,
-        ..ForkOptions::default()
-    })?;
+    let mut clone = with_identity(template)?;
     clone.watch_working_set();
     start_and_listen(&mut clone)?;
     Ok(clone.working_set()?)
@@ -171,10 +149,7 @@ pub fn parked_probe(template: &Template) -> Probe<'_> {
 pub fn parked(template: &Template) -> anyhow::Result<[f64; 5]> {
     let working_set = template.working_set().context("there is no working set")?;
     let mut clone = template.fork(ForkOptions::default())?;
-    let mut connection = clone
-        .take_connection()
-        .context("a clone has no control connection")?;
-    connection.set_read_timeout(Some(START_MAX))?;
+    let mut connection = connect(&mut clone)?;
     let forked = Instant::now();
     clone.prefault(working_set)?;
     let prefaulted = Instant::now();
@@ -183,8 +158,7 @@ pub fn parked(template: &Template) -> anyhow::Result<[f64; 5]> {
     let start = Instant::now();
     template.write_identity(&clone, &identity()?.encode(template.identity_area())?)?;
     clone.start()?;
-    let (output, first, _, end) = listen(&mut connection)
-        .with_context(|| format!("a clone did not answer; its console:\n{}", clone.console_tail()))?;
+    let (output, first, _, end) = listen(&clone, &mut connection)?;
     let exits = clone.exits();
     let owned = owned_pages()?;
     check_output(&output)?;
@@ -196,6 +170,23 @@ pub fn parked(template: &Template) -> anyhow::Result<[f64; 5]> {
         (exits.port + exits.memory + exits.interrupted) as f64,
         owned as f64,
     ])
+}
+
+/// Forks a clone that will run [`WORD`] through `echo`.
+pub fn with_identity(template: &Template) -> anyhow::Result<Machine> {
+    Ok(template.fork(ForkOptions {
+        identity: identity()?.encode(template.identity_area())?,
+        ..ForkOptions::default()
+    })?)
+}
+
+/// The control connection of a clone, which does not wait for ever.
+pub fn connect(clone: &mut Machine) -> anyhow::Result<UnixStream> {
+    let connection = clone
+        .take_connection()
+        .context("a clone has no control connection")?;
+    connection.set_read_timeout(Some(START_MAX))?;
+    Ok(connection)
 }
 
 pub fn identity() -> anyhow::Result<Identity> {
@@ -214,8 +205,16 @@ pub fn identity() -> anyhow::Result<Identity> {
     })
 }
 
-/// Reads the agent's frames to the last: output, when its first byte came, exit status, when that came.
-pub fn listen(connection: &mut UnixStream) -> anyhow::Result<(Vec<u8>, Instant, ContainerExit, Instant)> {
+/// Output, when its first byte came, exit status, when that came.
+type Heard = (Vec<u8>, Instant, ContainerExit, Instant);
+
+/// Reads a clone's frames to the last.
+pub fn listen(clone: &Machine, connection: &mut UnixStream) -> anyhow::Result<Heard> {
+    read_frames(connection)
+        .with_context(|| format!("a clone did not answer; its console:\n{}", clone.console_tail()))
+}
+
+fn read_frames(connection: &mut UnixStream) -> anyhow::Result<Heard> {
     // On a host with one CPU, too, whoever reads is to have the bytes when they come.
     let _prompt = Prompt::begin();
     let mut decoder = FrameDecoder::default();

@@ -109,10 +109,7 @@ fn probe<'a>(prefix: &str, mut run: impl FnMut() -> anyhow::Result<Counts> + 'a)
 fn cold(template: &Template) -> anyhow::Result<Counts> {
     let calls = Counter::of_system_calls()?;
     let before = faults();
-    let mut clone = template.fork(ForkOptions {
-        identity: clones::identity()?.encode(template.identity_area())?,
-        ..ForkOptions::default()
-    })?;
+    let mut clone = clones::with_identity(template)?;
     if let Some(set) = template.working_set() {
         set.populate_written(clone.memory());
     }

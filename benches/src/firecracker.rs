@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use picovm_engine::Prompt;
+use picovm_engine::figures::ms;
 use serde_json::{Value, json};
 
 use crate::boot::MEMORY_MIB;
-use crate::rounds::ms;
 
 /// A request that takes longer has gone wrong.
 const ANSWER_MAX: Duration = Duration::from_secs(20);

@@ -7,10 +7,9 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit};
+use picovm_engine::figures::ms;
 use picovm_vmm::{Template, memory};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
-
-use crate::rounds::ms;
 
 /// Where the guest's only instruction is: in low memory, which nothing of a template needs by then.
 const CODE: u64 = 0x1000;

@@ -3,6 +3,7 @@
 use std::process::Command;
 use std::time::Instant;
 
+use picovm_engine::figures;
 use serde::Serialize;
 
 /// What a millisecond of this host is.
@@ -47,22 +48,12 @@ pub fn clock() -> Clock {
 
 /// Processor, number of CPUs, kernel.
 pub fn describe() -> String {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown processor", |(_, model)| model);
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
     let emulated = if std::env::var_os("PICOVM_EMULATED_HOST").is_some() {
         "the emulated host: "
     } else {
         ""
     };
-    format!(
-        "{emulated}{model}, {cpus} CPU{}, Linux {kernel}",
-        if cpus == 1 { "" } else { "s" }
-    )
+    format!("{emulated}{}", figures::host())
 }
 
 /// Commit of the working tree that this was started in; `-dirty` if files that it tracks are changed.

@@ -8,8 +8,7 @@ use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use picovm_engine::Prompt;
-
-use crate::rounds::ms;
+use picovm_engine::figures::ms;
 
 /// A process that takes longer has gone wrong.
 const PROCESS_MAX: Duration = Duration::from_secs(20);

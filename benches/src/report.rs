@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context;
+use picovm_engine::figures::{median, percentile};
 use serde::{Deserialize, Serialize};
 
 use crate::host;
@@ -197,41 +198,4 @@ pub fn write_whole(path: &Path, content: &[u8]) -> anyhow::Result<()> {
     std::fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
     file.persist(path)?;
     Ok(())
-}
-
-/// Middle of sorted values; of an even number of them, the mean of both.
-fn median(sorted: &[f64]) -> f64 {
-    let upper = sorted.get(sorted.len() / 2).copied().unwrap_or_default();
-    if sorted.len() % 2 == 1 {
-        return upper;
-    }
-    let lower = sorted
-        .len()
-        .checked_sub(2)
-        .and_then(|_| sorted.get(sorted.len() / 2 - 1))
-        .copied();
-    lower.map_or(upper, |lower| f64::midpoint(lower, upper))
-}
-
-/// The smallest of sorted values that is not less than `percent` % of them (nearest rank).
-fn percentile(sorted: &[f64], percent: usize) -> f64 {
-    let rank = (sorted.len() * percent).div_ceil(100);
-    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn medians_and_percentiles_are_values_in_the_middle_and_near_the_end() {
-        assert_eq!(median(&[]), 0.0);
-        assert_eq!(median(&[3.0]), 3.0);
-        assert_eq!(median(&[1.0, 2.0]), 1.5);
-        assert_eq!(median(&[1.0, 2.0, 9.0]), 2.0);
-        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
-        assert_eq!(percentile(&hundred, 99), 99.0);
-        assert_eq!(percentile(&[1.0, 2.0], 99), 2.0);
-        assert_eq!(percentile(&[], 99), 0.0);
-    }
 }

@@ -1,6 +1,6 @@
 //! Rounds: every probe of a group in turn, again and again, so that what drifts drifts for all of them alike.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -9,14 +9,9 @@ use crate::report::{Report, Unit};
 /// Lets what the last probe left behind (the teardown of a VM waits for grace periods) end before the next begins.
 const SETTLE: Duration = Duration::from_millis(50);
 
-/// How often something may fail in a run before it is given up. What failed is told and done again: a guest that hangs once in hundreds of
-/// boots is to be seen in the report and not to cost all the other figures.
+/// How often something may fail in a run before it is given up. What failed is told and done again: a guest that hangs once in
+/// hundreds of boots is to be seen in the report and not to cost all the other figures.
 pub const FAILURES_MAX: usize = 3;
-
-/// Milliseconds from one moment to another.
-pub fn ms(from: Instant, to: Instant) -> f64 {
-    to.duration_since(from).as_secs_f64() * 1e3
-}
 
 /// Does something, again if it fails, and notes each failure in the report.
 pub fn persist<T>(
@@ -65,9 +60,7 @@ impl Selection {
                 .iter()
                 .any(|prefix| name.starts_with(prefix.as_str()))
     }
-}
 
-impl Selection {
     /// Whether anything that begins with `prefix` may be wanted.
     pub fn has_any_of(&self, prefix: &str) -> bool {
         self.prefixes.is_empty()

@@ -4,14 +4,15 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
+use picovm_engine::figures::ms;
 use picovm_engine::{ContainerExit, ContainerOptions, Pool, PooledContainer};
-use picovm_vmm::{ForkOptions, Template};
+use picovm_vmm::Template;
 
 use crate::clones;
 use crate::report::{Report, Unit};
-use crate::rounds::{self, Probe, Selection, ms};
-use crate::start::{START_MAX, WORD, check_output, sized_template};
+use crate::rounds::{self, Probe, Selection};
+use crate::start::{WORD, check_output, sized_template};
 use crate::workspace::Workspace;
 
 const DISCARDED: u32 = 1;
@@ -100,10 +101,7 @@ fn fits(mib: u64) -> anyhow::Result<bool> {
 
 /// Ending a clone whose container has ended: threads, VM, memory.
 fn teardown(template: &Template) -> anyhow::Result<[f64; 1]> {
-    let mut clone = template.fork(ForkOptions {
-        identity: clones::identity()?.encode(template.identity_area())?,
-        ..ForkOptions::default()
-    })?;
+    let mut clone = clones::with_identity(template)?;
     clones::start_and_listen(&mut clone)?;
     clones::end_of(&mut clone)?;
     let start = Instant::now();
@@ -116,23 +114,16 @@ fn together(template: &Template) -> anyhow::Result<[f64; 1]> {
     let start = Instant::now();
     let mut clones = Vec::with_capacity(TOGETHER);
     for _ in 0..TOGETHER {
-        let mut clone = template.fork(ForkOptions {
-            identity: clones::identity()?.encode(template.identity_area())?,
-            ..ForkOptions::default()
-        })?;
+        let mut clone = clones::with_identity(template)?;
         if let Some(set) = template.working_set() {
             set.populate_written(clone.memory());
         }
-        let connection = clone
-            .take_connection()
-            .context("a clone has no control connection")?;
-        connection.set_read_timeout(Some(START_MAX))?;
+        let connection = clones::connect(&mut clone)?;
         clone.start()?;
         clones.push((clone, connection));
     }
     for (clone, connection) in &mut clones {
-        let (output, ..) = clones::listen(connection)
-            .with_context(|| format!("a clone did not answer; its console:\n{}", clone.console_tail()))?;
+        let (output, ..) = clones::listen(clone, connection)?;
         check_output(&output)?;
     }
     Ok([ms(start, Instant::now())])

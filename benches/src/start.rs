@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use picovm_engine::figures::ms;
 use picovm_engine::{ContainerOptions, Image, Pool, Prompt};
 use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::{Template, WorkingSet};
@@ -15,7 +16,7 @@ use crate::boot::{self, MEMORY_MIB};
 use crate::firecracker::Snapshot;
 use crate::oci::Runtime;
 use crate::report::{Report, Unit};
-use crate::rounds::{self, Probe, Selection, ms};
+use crate::rounds::{self, Probe, Selection};
 use crate::workspace::{DISTRIBUTION, SMALL, Workspace};
 use crate::{clones, floor, process};
 
@@ -56,13 +57,11 @@ pub fn measure(
             Ok([ms(start, end)])
         }),
         Probe::new([("kvm_floor", Unit::Ms)], || floor::measure(&small)),
-        Probe::new([("fork_first_instruction", Unit::Ms)], || {
-            clones::first_instruction(&smallest)
-        }),
+        Probe::new([("fork_first_instruction", Unit::Ms)], || clones::trap(&smallest)),
         Probe::new([("parked_first_instruction", Unit::Ms)], || {
             clones::parked_first_instruction(&smallest)
         }),
-        Probe::new([("fork_freeze_again", Unit::Ms)], || clones::freeze_again(&small)),
+        Probe::new([("fork_freeze_again", Unit::Ms)], || clones::trap(&small)),
         clones::fork_probe(&small),
         Probe::new([("fork_unpopulated_exit", Unit::Ms)], || {
             Ok([clones::fork(&small, None)?.exit])

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
+use crate::figures::ms;
 use crate::pool::{POOL_MAX, Pool, PooledContainer, wait_readable};
 use crate::scheduling::Prompt;
 
@@ -212,10 +213,6 @@ impl Density {
 /// wait for all others.
 fn limit(clones: usize) -> Duration {
     Duration::from_secs(30) + Duration::from_millis(500).saturating_mul(clones as u32)
-}
-
-fn ms(from: Instant, to: Instant) -> f64 {
-    to.duration_since(from).as_secs_f64() * 1e3
 }
 
 /// A container that waits for a line.

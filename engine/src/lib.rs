@@ -17,6 +17,7 @@ mod attach;
 mod container;
 mod density;
 mod error;
+pub mod figures;
 mod guest;
 mod images;
 mod messages;
