@@ -105,7 +105,7 @@ impl MachineConfig {
         // No ACPI, PCI or keyboard to look for; a panic resets at once, through the keyboard controller's reset line;
         // the clock needs no watching and the interrupt lines no trial.
         let mut line = String::from(
-            "quiet panic=-1 reboot=k tsc=reliable no_timer_check rcupdate.rcu_expedited=1 swiotlb=noforce \
+            "quiet panic=-1 reboot=k tsc=reliable no_timer_check rcupdate.rcu_expedited=1 swiotlb=noforce cgroup.memory=nokmem \
              console=ttyS0 8250.nr_uarts=1",
         );
         line.push_str(&format!(
