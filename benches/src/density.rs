@@ -1,6 +1,6 @@
 //! Density: what parked and live clones take of the host's memory, as the engine measures it.
 
-use picovm_engine::{Density, DensityPoint};
+use picovm_engine::{Density, DensityPoint, Parking};
 use picovm_vmm::Template;
 
 use crate::report::{Report, Unit};
@@ -18,6 +18,7 @@ pub fn measure(
 ) -> anyhow::Result<()> {
     let names = [
         "memory_parked",
+        "memory_parked_bare",
         "memory_live",
         "memory_pss",
         "start_first",
@@ -29,7 +30,9 @@ pub fn measure(
         return Ok(());
     }
     eprintln!("density: {clones} clones");
-    let density = Density::measure(template, clones as usize, &mut |_| {})?;
+    let bare = Density::measure(template, clones as usize, Parking::Bare, &mut |_| {})?;
+    report.add("memory_parked_bare".into(), Unit::Kib, vec![bare.parked_kib]);
+    let density = Density::measure(template, clones as usize, Parking::Prefaulted, &mut |_| {})?;
     if density.processes_left > 0 {
         let failure = format!("density: {} VMM processes did not end", density.processes_left);
         report.failures.push(failure);

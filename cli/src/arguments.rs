@@ -169,7 +169,7 @@ What else this machine does meanwhile is counted too.",
         after_help = "Examples:
   picovm bench density
   picovm bench density --clones 1000 --memory 128m debian
-  picovm bench density --json debian
+  picovm bench density --bare --json debian
 
 The image needs a shell, `sh`."
     )]
@@ -198,6 +198,9 @@ pub struct DensityOptions {
     /// How many clones
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=POOL_MAX as i64))]
     pub clones: u32,
+    /// Park clones without any page made ready: they take less memory and start slower
+    #[arg(long)]
+    pub bare: bool,
     #[command(flatten)]
     pub machine: MachineOptions,
     /// Print JSON

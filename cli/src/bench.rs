@@ -13,8 +13,8 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use picovm_engine::figures::{self, median, ms, percentile};
 use picovm_engine::{
-    Container, ContainerExit, ContainerOptions, Density, DensityProgress, Interruption, Pool, Prompt, Stdio,
-    Store, TemplateSpec,
+    Container, ContainerExit, ContainerOptions, Density, DensityProgress, Interruption, Parking, Pool,
+    Prompt, Stdio, Store, TemplateSpec,
 };
 use picovm_vmm::Template;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -187,7 +187,7 @@ fn latency(options: &LatencyOptions) -> anyhow::Result<ExitCode> {
         [] => vec!["echo".into(), WORD.into()],
         command => command.to_vec(),
     };
-    let mut pool = Pool::new(&template, 1)?;
+    let mut pool = Pool::new(&template, 1, Parking::Prefaulted)?;
     let mut probes = vec![
         Probe::new("a cold start", ["cold_first_byte", "cold_exit"], || {
             cold(&template, &command)
@@ -403,7 +403,12 @@ struct DensityReport {
 fn density(options: &DensityOptions) -> anyhow::Result<ExitCode> {
     let (template, conditions) = template(options.image.as_deref(), &options.machine)?;
     let bar = progress_bar(options.clones.into());
-    let measured = Density::measure(&template, options.clones as usize, &mut |progress| {
+    let parking = if options.bare {
+        Parking::Bare
+    } else {
+        Parking::Prefaulted
+    };
+    let measured = Density::measure(&template, options.clones as usize, parking, &mut |progress| {
         let (what, count) = match progress {
             DensityProgress::Parked(count) => ("parking", count),
             DensityProgress::Live(count) => ("starting", count),

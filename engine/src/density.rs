@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::figures::ms;
+use crate::messages::Parking;
 use crate::pool::{POOL_MAX, Pool, PooledContainer, wait_readable};
 use crate::scheduling::Prompt;
 
@@ -38,6 +39,8 @@ const QUESTION: &str = "are you there\n";
 /// is in it too, so the host should be idle.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Density {
+    /// How ready the parked clones were.
+    pub parking: Parking,
     /// How many clones there were.
     pub clones: usize,
     /// Memory that a parked clone takes, in KiB: the mean over all of them.
@@ -99,6 +102,7 @@ impl Density {
     pub fn measure(
         template: &Template,
         clones: usize,
+        parking: Parking,
         progress: &mut dyn FnMut(DensityProgress),
     ) -> Result<Self, EngineError> {
         if !(1..=POOL_MAX).contains(&clones) {
@@ -117,7 +121,7 @@ impl Density {
         };
 
         // What the first one of all needs is not of each.
-        let mut pool = Pool::new(template, 1)?;
+        let mut pool = Pool::new(template, 1, parking)?;
         pool.wait_until_full(limit)?;
         let mut first = Live::start(&mut pool, limit)?;
         first.ask()?;
@@ -193,6 +197,7 @@ impl Density {
         let each = |kib: i64| kib as f64 / clones as f64;
         let last = |curve: &[DensityPoint]| each(curve.last().map_or(0, |point| point.kib));
         Ok(Self {
+            parking,
             clones,
             parked_kib: last(&parked_curve),
             live_kib: last(&live_curve),

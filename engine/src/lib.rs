@@ -34,6 +34,7 @@ pub use density::{Density, DensityPoint, DensityProgress};
 pub use error::EngineError;
 pub use guest::GuestFiles;
 pub use images::Image;
+pub use messages::Parking;
 pub use picovm_guest_protocol::{ContainerExit, StartFailure};
 pub use picovm_rootfs::image::Progress as ImageProgress;
 pub use pool::{POOL_MAX, Pool, PooledContainer, VMM_VARIABLE};

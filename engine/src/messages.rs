@@ -19,11 +19,22 @@ const MESSAGE_MAX: usize = 8 << 20;
 /// Most descriptors with a message: the three standard streams.
 const DESCRIPTORS_MAX: usize = 3;
 
+/// How ready a parked clone is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Parking {
+    /// The pages that a start touches are there, in both stages of page tables: it starts fastest.
+    #[default]
+    Prefaulted,
+    /// It owns next to no page of its memory: it takes least, and faults its pages in when it starts.
+    Bare,
+}
+
 /// To the fork server, with one descriptor: the socket of the VMM process to fork.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToServer {
     /// Fork a VMM process that parks a clone.
-    Fork,
+    Fork(Parking),
 }
 
 /// To a VMM process.

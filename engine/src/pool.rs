@@ -1,4 +1,4 @@
-//! Pools: clones of one template, each forked, prefaulted and parked in a VMM process of its own ahead of the request, so that
+//! Pools: clones of one template, each forked, made ready and parked in a VMM process of its own ahead of the request, so that
 //! starting a container is no more than giving a clone its identity and letting it run.
 
 use std::collections::VecDeque;
@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
-use crate::messages::{self, FromVmm, ToServer, ToVmm};
+use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 
 /// Environment variable that names another `picovm-vmm`.
 pub const VMM_VARIABLE: &str = "PICOVM_VMM";
@@ -28,6 +28,7 @@ pub struct Pool {
     control: UnixStream,
     server: Child,
     size: usize,
+    parking: Parking,
     /// VMM processes that were asked for, in the order of the requests; those at the front are parked first.
     waiting: VecDeque<Waiting>,
 }
@@ -42,11 +43,12 @@ fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
 }
 
 impl Pool {
-    /// A pool of `size` clones, 1 to [`POOL_MAX`], of a template. They are parked in the background.
+    /// A pool of `size` clones, 1 to [`POOL_MAX`], of a template, each as ready as `parking` says. They are parked in the
+    /// background.
     ///
     /// # Errors
     /// [`EngineError::PoolSize`], [`EngineError::NoVmm`] if there is no `picovm-vmm`, [`EngineError::Host`].
-    pub fn new(template: &Template, size: usize) -> Result<Self, EngineError> {
+    pub fn new(template: &Template, size: usize, parking: Parking) -> Result<Self, EngineError> {
         if !(1..=POOL_MAX).contains(&size) {
             return Err(EngineError::PoolSize(size));
         }
@@ -61,6 +63,7 @@ impl Pool {
             control,
             server,
             size,
+            parking,
             waiting: VecDeque::with_capacity(size),
         };
         pool.refill()?;
@@ -75,7 +78,7 @@ impl Pool {
     pub fn refill(&mut self) -> Result<(), EngineError> {
         while self.waiting.len() < self.size {
             let (ours, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
-            messages::send(&self.control, &ToServer::Fork, &[theirs.as_fd()])
+            messages::send(&self.control, &ToServer::Fork(self.parking), &[theirs.as_fd()])
                 .map_err(failed("ask the fork server of a pool for a clone"))?;
             self.waiting.push_back(Waiting {
                 socket: ours,

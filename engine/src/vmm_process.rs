@@ -14,7 +14,7 @@ use picovm_vmm::{ForkOptions, Template};
 use crate::attach::{Interruption, Stdio};
 use crate::container::{Container, Start};
 use crate::error::EngineError;
-use crate::messages::{self, FromVmm, ToServer, ToVmm};
+use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 use crate::scheduling::{self, Batch};
 
 /// Serves a pool of one template: forks a VMM process whenever the pool asks for one, until the pool closes `control`.
@@ -38,7 +38,7 @@ pub fn serve(template: &Path, control: OwnedFd) -> Result<(), EngineError> {
             return Err(error.into());
         }
     };
-    while let Some((ToServer::Fork, descriptors)) =
+    while let Some((ToServer::Fork(parking), descriptors)) =
         messages::receive(&control).map_err(failed("receive from the pool"))?
     {
         let Some(socket) = descriptors.into_iter().next() else {
@@ -54,7 +54,7 @@ pub fn serve(template: &Path, control: OwnedFd) -> Result<(), EngineError> {
             }
             0 => {
                 drop(control);
-                be_vmm(&template, &UnixStream::from(socket));
+                be_vmm(&template, parking, &UnixStream::from(socket));
                 // SAFETY: ends this process at once; what it shares with its parent needs none of its destructors.
                 unsafe { libc::_exit(0) }
             }
@@ -65,20 +65,20 @@ pub fn serve(template: &Path, control: OwnedFd) -> Result<(), EngineError> {
 }
 
 /// The life of a VMM process.
-fn be_vmm(template: &Template, socket: &UnixStream) {
-    if let Err(error) = park_and_run(template, socket) {
+fn be_vmm(template: &Template, parking: Parking, socket: &UnixStream) {
+    if let Err(error) = park_and_run(template, parking, socket) {
         // Who does not listen any more does not need to know.
         let _ = messages::send(socket, &FromVmm::Failed(error.to_string()), &[]);
     }
 }
 
 /// Forks a clone, parks it, and runs the container that comes, if one does.
-fn park_and_run(template: &Template, socket: &UnixStream) -> Result<(), EngineError> {
+fn park_and_run(template: &Template, parking: Parking, socket: &UnixStream) -> Result<(), EngineError> {
     let failed = EngineError::host;
     let machine = {
         let _batch = Batch::begin();
         let mut machine = template.fork(ForkOptions::default())?;
-        if let Some(set) = template.working_set() {
+        if let (Parking::Prefaulted, Some(set)) = (parking, template.working_set()) {
             machine.prefault(set)?;
         }
         machine
@@ -93,6 +93,9 @@ fn park_and_run(template: &Template, socket: &UnixStream) -> Result<(), EngineEr
         let error = io::ErrorKind::InvalidData.into();
         return Err(failed("take the container's standard streams")(error));
     };
+    if let (Parking::Bare, Some(set)) = (parking, template.working_set()) {
+        set.populate_written(machine.memory());
+    }
     let mut container = Container::start_parked(template, machine, Start { spec, hostname })?;
     let stdio = Stdio {
         stdin: stdin.as_fd(),

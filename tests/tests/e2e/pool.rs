@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use picovm_engine::{ContainerExit, ContainerOptions, EngineError, Pool, PooledContainer};
+use picovm_engine::{ContainerExit, ContainerOptions, EngineError, Parking, Pool, PooledContainer};
 
 use crate::template;
 
@@ -87,7 +87,7 @@ pub fn gone_within(limit: Duration) -> bool {
 #[test]
 fn containers_start_in_parked_clones_and_are_separate() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 3).unwrap();
+    let mut pool = Pool::new(template(), 3, Parking::Prefaulted).unwrap();
     pool.wait_until_full(PARKING).unwrap();
     // The fork server and three parked clones.
     assert_eq!(vmm_processes().len(), 4);
@@ -110,9 +110,34 @@ fn containers_start_in_parked_clones_and_are_separate() {
 }
 
 #[test]
+fn a_bare_clone_owns_little_until_its_container_starts() {
+    let _alone = alone();
+    let mut owned = Vec::new();
+    for parking in [Parking::Bare, Parking::Prefaulted] {
+        let mut pool = Pool::new(template(), 1, parking).unwrap();
+        pool.wait_until_full(PARKING).unwrap();
+        let server = pool.server_id();
+        let clone = vmm_processes().into_iter().find(|id| *id != server).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{clone}/status")).unwrap();
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+        owned.push(line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap());
+        let (output, errors, exit) = start(&mut pool, "echo hi").end();
+        assert_eq!(
+            (output.as_str(), exit),
+            ("hi\n", ContainerExit::Code(0)),
+            "{errors}"
+        );
+        drop(pool);
+        assert!(gone_within(Duration::from_secs(20)));
+    }
+    // The pages that a start writes are some hundreds of KiB.
+    assert!(owned[0] + 400 < owned[1], "{owned:?} KiB");
+}
+
+#[test]
 fn standard_input_reaches_a_container_of_a_pool() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 1).unwrap();
+    let mut pool = Pool::new(template(), 1, Parking::Prefaulted).unwrap();
     let (stdin, mut ours) = std::io::pipe().unwrap();
     let options = ContainerOptions {
         stdin: true,
@@ -133,7 +158,7 @@ fn standard_input_reaches_a_container_of_a_pool() {
 #[test]
 fn a_container_of_a_pool_can_be_signalled_and_ended() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 1).unwrap();
+    let mut pool = Pool::new(template(), 1, Parking::Prefaulted).unwrap();
     let ready = |started: &mut Started| {
         let mut said = [0u8; 3];
         started.stdout.read_exact(&mut said).unwrap();
@@ -163,7 +188,7 @@ fn a_container_of_a_pool_can_be_signalled_and_ended() {
 #[test]
 fn a_pool_survives_the_death_of_a_parked_clone() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 2).unwrap();
+    let mut pool = Pool::new(template(), 2, Parking::Prefaulted).unwrap();
     pool.wait_until_full(PARKING).unwrap();
     let processes = vmm_processes();
     let is_vmm = |id: i32| processes.iter().any(|(other, _)| *other == id);
@@ -182,7 +207,7 @@ fn a_pool_survives_the_death_of_a_parked_clone() {
 fn what_cannot_be_a_pool_is_refused_with_the_reason() {
     let _alone = alone();
     for size in [0, 5000] {
-        let error = Pool::new(template(), size).err().unwrap();
+        let error = Pool::new(template(), size, Parking::Prefaulted).err().unwrap();
         assert!(error.to_string().contains("1 to 1024"), "{error}");
     }
     // A template that is gone by the time the fork server opens it.
@@ -193,7 +218,7 @@ fn what_cannot_be_a_pool_is_refused_with_the_reason() {
     };
     let opened = own.store.template(&spec, &mut |_| {}).unwrap();
     std::fs::remove_file(opened.path().join("state")).unwrap();
-    let mut pool = Pool::new(&opened, 1).unwrap();
+    let mut pool = Pool::new(&opened, 1, Parking::Prefaulted).unwrap();
     let error = pool.wait_until_full(PARKING).unwrap_err();
     assert!(
         matches!(&error, EngineError::Vmm(reason) if reason.contains("state")),
@@ -206,7 +231,7 @@ fn what_cannot_be_a_pool_is_refused_with_the_reason() {
 #[test]
 fn a_clone_does_not_notice_how_long_it_was_parked_and_knows_the_time_of_day() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 2).unwrap();
+    let mut pool = Pool::new(template(), 2, Parking::Prefaulted).unwrap();
     pool.wait_until_full(PARKING).unwrap();
     let uptime_and_time = |pool: &mut Pool| {
         let (output, errors, exit) = start(pool, "cat /proc/uptime; date +%s").end();
