@@ -1,7 +1,6 @@
 //! Processes of other VMMs that are compared with: started with a log, asked over their API, which is HTTP over a Unix
 //! socket, and ended when they are dropped.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -47,14 +46,19 @@ impl Peer {
         }
     }
 
-    /// Where its binary lies, as the environment says; nowhere if it is not to be compared with.
-    pub fn given(self) -> Option<PathBuf> {
-        let variable = match self {
+    /// Environment variable with the path of its binary.
+    pub fn variable(self) -> &'static str {
+        match self {
             Self::Firecracker => "PICOVM_BENCH_FIRECRACKER",
             Self::CloudHypervisor => "PICOVM_BENCH_CLOUD_HYPERVISOR",
-        };
-        let path: OsString = std::env::var_os(variable)?;
-        (!path.is_empty()).then(|| path.into())
+        }
+    }
+
+    /// Where its binary lies, as the environment says; nowhere if it is not to be compared with.
+    pub fn given(self) -> Option<PathBuf> {
+        std::env::var_os(self.variable())
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from)
     }
 }
 

@@ -75,8 +75,8 @@ pub fn measure(
         ),
         run_probe(workspace, SMALL),
     ];
-    probes.extend(firecracker_probe(workspace, selection, report)?);
-    probes.extend(cloud_hypervisor_probes(workspace, selection, report)?);
+    probes.extend(firecracker_probe(workspace, selection, report));
+    probes.extend(cloud_hypervisor_probes(workspace, selection, report));
     for (name, prefix) in [("crun", "crun_"), ("runc", "runc_")] {
         let root = workspace.path("image");
         let Some(mut runtime) = Runtime::find(name, &workspace.path(""), &root, ["/bin/echo", WORD])? else {
@@ -95,31 +95,30 @@ pub fn measure(
     Ok(small)
 }
 
-fn firecracker_probe<'a>(
+/// Loading and resuming a snapshot of Firecracker's, if that is given and wanted.
+fn firecracker_probe(
     workspace: &Workspace,
     selection: &Selection,
     report: &mut Report,
-) -> anyhow::Result<Option<Probe<'a>>> {
+) -> Option<Probe<'static>> {
     let restore = ("firecracker_restore", Unit::Ms);
-    let Some(program) = workspace
+    let program = workspace
         .peer(Peer::Firecracker)
-        .filter(|_| selection.has(restore.0))
-    else {
-        return Ok(None);
-    };
-    let cmdline = boot::cmdline_for_others(&workspace.kernel, &workspace.asleep);
-    let guest = (workspace.asleep.as_path(), cmdline.as_str());
-    let snapshot = rounds::persist("Firecracker's snapshot", report, rounds::FAILURES_MAX, || {
+        .filter(|_| selection.has(restore.0))?;
+    let snapshot = peer_snapshot(Peer::Firecracker, report, || {
+        let cmdline = boot::cmdline_for_others(&workspace.kernel, &workspace.asleep);
+        let guest = (workspace.asleep.as_path(), cmdline.as_str());
         firecracker::Snapshot::take(program, &workspace.kernel, guest, &workspace.path(""))
     })?;
-    Ok(Some(Probe::new([restore], move || snapshot.restore())))
+    Some(Probe::new([restore], move || snapshot.restore()))
 }
 
-fn cloud_hypervisor_probes<'a>(
+/// Loading and resuming a snapshot of Cloud Hypervisor's, if that is given and wanted, in both ways to fill memory.
+fn cloud_hypervisor_probes(
     workspace: &Workspace,
     selection: &Selection,
     report: &mut Report,
-) -> anyhow::Result<Vec<Probe<'a>>> {
+) -> Vec<Probe<'static>> {
     let mut restores = vec![
         ("cloud_hypervisor_restore", Memory::Copied),
         ("cloud_hypervisor_restore_on_demand", Memory::OnDemand),
@@ -129,21 +128,31 @@ fn cloud_hypervisor_probes<'a>(
         .peer(Peer::CloudHypervisor)
         .filter(|_| !restores.is_empty())
     else {
-        return Ok(Vec::new());
+        return Vec::new();
     };
-    let cmdline = boot::cmdline_for_others(&workspace.kernel, &workspace.writing);
-    let guest = (workspace.writing.as_path(), cmdline.as_str());
-    let what = "Cloud Hypervisor's snapshot";
-    let snapshot = Rc::new(rounds::persist(what, report, rounds::FAILURES_MAX, || {
+    let snapshot = peer_snapshot(Peer::CloudHypervisor, report, || {
+        let cmdline = boot::cmdline_for_others(&workspace.kernel, &workspace.writing);
+        let guest = (workspace.writing.as_path(), cmdline.as_str());
         cloud_hypervisor::Snapshot::take(program, &workspace.kernel, guest, &workspace.path(""))
-    })?);
-    Ok(restores
+    });
+    let Some(snapshot) = snapshot.map(Rc::new) else {
+        return Vec::new();
+    };
+    restores
         .into_iter()
         .map(|(name, memory)| {
             let snapshot = Rc::clone(&snapshot);
             Probe::new([(name, Unit::Ms)], move || snapshot.restore(memory))
         })
-        .collect())
+        .collect()
+}
+
+/// What a peer is restored from; nothing, and a failure in the report, if that cannot be made.
+fn peer_snapshot<T>(peer: Peer, report: &mut Report, take: impl FnMut() -> anyhow::Result<T>) -> Option<T> {
+    let what = format!("{}'s snapshot", peer.name());
+    rounds::persist(&what, report, rounds::FAILURES_MAX, take)
+        .inspect_err(|error| rounds::leave_out(report, error))
+        .ok()
 }
 
 /// Where the time of one start goes, by the medians of its steps, in milliseconds.

@@ -96,9 +96,12 @@ impl Workspace {
         let mut peers = BTreeMap::new();
         for peer in Peer::ALL {
             if let Some(given) = peer.given() {
-                let path = copy(&given, at(peer.key()))?;
-                let version = version(&path)?;
-                peers.insert(peer, Binary { path, version });
+                let binary = copy(&given, at(peer.key())).and_then(|path| {
+                    let version = version(&path)?;
+                    Ok(Binary { path, version })
+                });
+                let what = || format!("{} names no binary of {}", peer.variable(), peer.name());
+                peers.insert(peer, binary.with_context(what)?);
             }
         }
 
