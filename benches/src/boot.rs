@@ -9,6 +9,7 @@ use picovm_engine::figures::ms;
 use picovm_vmm::machine::Machine;
 use picovm_vmm::{Disk, ForkOptions, FreezeOptions, MachineConfig, Outcome, Template};
 
+use crate::peer::Peer;
 use crate::process;
 use crate::report::{Report, Unit};
 use crate::rounds::{self, Probe, Selection};
@@ -187,7 +188,7 @@ pub fn measure(
             Ok([to_exit(&mut own_process(workspace, &workspace.reset, None))?])
         }),
     ];
-    if let Some(firecracker) = &workspace.firecracker {
+    if let Some(firecracker) = workspace.peer(Peer::Firecracker) {
         let config = write_firecracker_config(workspace, "to-user-space.json", &workspace.boot_timer)?;
         probes.push(Probe::new([("firecracker_user_space", Unit::Ms)], move || {
             let mut command = Command::new(firecracker);

@@ -18,9 +18,14 @@ pub enum Program {
     FreezePoint,
     /// Sleeps for ever.
     Sleep,
+    /// Writes [`MARK`] to the console, again and again.
+    Write,
     /// Writes to Firecracker's boot timer, which logs a line, then resets.
     BootTimer,
 }
+
+/// What [`Program::Write`] writes: ASCII's acknowledgement, which no message of a kernel has in it.
+pub const MARK: u8 = 0x06;
 
 /// Where Firecracker's boot timer is (present versions, earlier versions) and what it waits for
 /// (`src/vmm/src/devices/pseudo/boot_timer.rs` there).
@@ -45,6 +50,16 @@ impl Program {
                 code.extend(b"\xb8\x22\x00\x00\x00"); // mov eax, SYS_pause
                 code.extend(b"\x0f\x05"); //             syscall
                 code.extend(b"\xeb\xf7"); //             jmp to the beginning
+            }
+            Self::Write => {
+                code.extend(b"\xe8\x01\x00\x00\x00"); // call behind the byte, which leaves its address on the stack
+                code.push(MARK);
+                code.extend(b"\x5e"); //                 pop rsi
+                code.extend(b"\xbf\x01\x00\x00\x00"); // mov edi, 1: init's standard output is the console
+                code.extend(b"\xba\x01\x00\x00\x00"); // mov edx, 1
+                code.extend(b"\xb8\x01\x00\x00\x00"); // mov eax, SYS_write
+                code.extend(b"\x0f\x05"); //             syscall
+                code.extend(b"\xeb\xed"); //             jmp to the first mov
             }
             Self::BootTimer => {
                 open_physical_memory(&mut code);
@@ -173,6 +188,7 @@ mod tests {
             Program::Reset,
             Program::FreezePoint,
             Program::Sleep,
+            Program::Write,
             Program::BootTimer,
         ] {
             let elf = program.elf();

@@ -6,6 +6,7 @@
 
 mod boot;
 mod clones;
+mod cloud_hypervisor;
 mod counts;
 mod density;
 mod firecracker;
@@ -13,6 +14,7 @@ mod floor;
 mod guest;
 mod host;
 mod oci;
+mod peer;
 mod plots;
 mod process;
 mod report;
@@ -30,12 +32,9 @@ use report::Report;
 use rounds::Selection;
 use workspace::Workspace;
 
-/// Environment variable with the path of a Firecracker binary to compare with.
-const FIRECRACKER_VARIABLE: &str = "PICOVM_BENCH_FIRECRACKER";
-
 /// Measures boot, freeze, fork and run.
 ///
-/// PICOVM_BENCH_FIRECRACKER may name a Firecracker binary to compare with.
+/// PICOVM_BENCH_FIRECRACKER and PICOVM_BENCH_CLOUD_HYPERVISOR may name binaries to compare with.
 #[derive(Parser)]
 #[command(name = "picovm-bench", version)]
 struct Arguments {
@@ -75,8 +74,7 @@ fn main() {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let selection = Selection::new(&arguments.only);
-    let firecracker = std::env::var_os(FIRECRACKER_VARIABLE).filter(|path| !path.is_empty());
-    let workspace = Workspace::prepare(firecracker.map(PathBuf::from).as_deref())?;
+    let workspace = Workspace::prepare()?;
     let mut report = Report::new(&workspace)?;
 
     boot::measure(&workspace, &selection, (arguments.rounds / 5).max(1), &mut report)?;

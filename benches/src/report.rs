@@ -70,10 +70,9 @@ impl Report {
             clock: host::clock(),
             commit: host::commit(),
             peers: workspace
-                .firecracker_version
-                .clone()
-                .map(|version| ("firecracker".into(), version))
-                .into_iter()
+                .peers
+                .iter()
+                .map(|(peer, binary)| (peer.key().to_owned(), binary.version.clone()))
                 .collect(),
             failures: Vec::new(),
             measures: Vec::new(),

@@ -35,6 +35,13 @@ pub fn persist<T>(
     }
 }
 
+/// Notes why something is left out; the other figures are not lost for it.
+pub fn leave_out(report: &mut Report, error: &anyhow::Error) {
+    let failure = format!("not measured: {error:#}");
+    eprintln!("warning: {failure}");
+    report.failures.push(failure);
+}
+
 /// Which measures are wanted.
 pub struct Selection {
     prefixes: Vec<String>,
@@ -126,9 +133,7 @@ pub fn measure(
             let values = match persist(name, report, FAILURES_MAX, run) {
                 Ok(values) => values,
                 Err(error) => {
-                    // It is left out; the other figures are not lost for it.
-                    eprintln!("warning: not measured: {error:#}");
-                    report.failures.push(format!("not measured: {error:#}"));
+                    leave_out(report, &error);
                     measures.clear();
                     continue;
                 }

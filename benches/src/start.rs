@@ -4,6 +4,7 @@
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::process::Command;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -13,12 +14,13 @@ use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::{Template, WorkingSet};
 
 use crate::boot::{self, MEMORY_MIB};
-use crate::firecracker::Snapshot;
+use crate::cloud_hypervisor::Memory;
 use crate::oci::Runtime;
+use crate::peer::Peer;
 use crate::report::{Report, Unit};
 use crate::rounds::{self, Probe, Selection};
 use crate::workspace::{DISTRIBUTION, SMALL, Workspace};
-use crate::{clones, floor, process};
+use crate::{clones, cloud_hypervisor, firecracker, floor, process};
 
 const DISCARDED: u32 = 5;
 /// How long a clone is parked before it is started.
@@ -73,17 +75,8 @@ pub fn measure(
         ),
         run_probe(workspace, SMALL),
     ];
-    let restore = ("firecracker_restore", Unit::Ms);
-    if let Some(program) = workspace
-        .firecracker
-        .as_ref()
-        .filter(|_| selection.has(restore.0))
-    {
-        let cmdline = boot::cmdline_for_others(&workspace.kernel, &workspace.asleep);
-        let guest = (workspace.asleep.as_path(), cmdline.as_str());
-        let snapshot = Snapshot::take(program, &workspace.kernel, guest, &workspace.path(""))?;
-        probes.push(Probe::new([restore], move || snapshot.restore()));
-    }
+    probes.extend(firecracker_probe(workspace, selection, report));
+    probes.extend(cloud_hypervisor_probes(workspace, selection, report));
     for (name, prefix) in [("crun", "crun_"), ("runc", "runc_")] {
         let root = workspace.path("image");
         let Some(mut runtime) = Runtime::find(name, &workspace.path(""), &root, ["/bin/echo", WORD])? else {
@@ -100,6 +93,66 @@ pub fn measure(
     rounds::measure("starts", probes, selection, (DISCARDED, rounds), report)?;
     note_steps(report);
     Ok(small)
+}
+
+/// Loading and resuming a snapshot of Firecracker's, if that is given and wanted.
+fn firecracker_probe(
+    workspace: &Workspace,
+    selection: &Selection,
+    report: &mut Report,
+) -> Option<Probe<'static>> {
+    let restore = ("firecracker_restore", Unit::Ms);
+    let program = workspace
+        .peer(Peer::Firecracker)
+        .filter(|_| selection.has(restore.0))?;
+    let snapshot = peer_snapshot(Peer::Firecracker, report, || {
+        let cmdline = boot::cmdline_for_others(&workspace.kernel, &workspace.asleep);
+        let guest = (workspace.asleep.as_path(), cmdline.as_str());
+        firecracker::Snapshot::take(program, &workspace.kernel, guest, &workspace.path(""))
+    })?;
+    Some(Probe::new([restore], move || snapshot.restore()))
+}
+
+/// Loading and resuming a snapshot of Cloud Hypervisor's, if that is given and wanted, in both ways to fill memory.
+fn cloud_hypervisor_probes(
+    workspace: &Workspace,
+    selection: &Selection,
+    report: &mut Report,
+) -> Vec<Probe<'static>> {
+    let mut restores = vec![
+        ("cloud_hypervisor_restore", Memory::Copied),
+        ("cloud_hypervisor_restore_on_demand", Memory::OnDemand),
+    ];
+    restores.retain(|(name, _)| selection.has(name));
+    let Some(program) = workspace
+        .peer(Peer::CloudHypervisor)
+        .filter(|_| !restores.is_empty())
+    else {
+        return Vec::new();
+    };
+    let snapshot = peer_snapshot(Peer::CloudHypervisor, report, || {
+        let cmdline = boot::cmdline_for_others(&workspace.kernel, &workspace.writing);
+        let guest = (workspace.writing.as_path(), cmdline.as_str());
+        cloud_hypervisor::Snapshot::take(program, &workspace.kernel, guest, &workspace.path(""))
+    });
+    let Some(snapshot) = snapshot.map(Rc::new) else {
+        return Vec::new();
+    };
+    restores
+        .into_iter()
+        .map(|(name, memory)| {
+            let snapshot = Rc::clone(&snapshot);
+            Probe::new([(name, Unit::Ms)], move || snapshot.restore(memory))
+        })
+        .collect()
+}
+
+/// What a peer is restored from; nothing, and a failure in the report, if that cannot be made.
+fn peer_snapshot<T>(peer: Peer, report: &mut Report, take: impl FnMut() -> anyhow::Result<T>) -> Option<T> {
+    let what = format!("{}'s snapshot", peer.name());
+    rounds::persist(&what, report, rounds::FAILURES_MAX, take)
+        .inspect_err(|error| rounds::leave_out(report, error))
+        .ok()
 }
 
 /// Where the time of one start goes, by the medians of its steps, in milliseconds.

@@ -1,6 +1,7 @@
 //! The directory in which everything is measured: copies of all files that are read while the clock runs, and a store
 //! of its own.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -11,11 +12,19 @@ use anyhow::Context;
 use picovm_engine::{GuestFiles, Image, Store};
 
 use crate::guest::Program;
+use crate::peer::Peer;
 
 /// A real distribution, in the store that `make image` fills.
 pub const DISTRIBUTION: &str = "debian";
 /// An image with nothing but one static program, as `sh` and `echo`.
 pub const SMALL: &str = "bench";
+
+/// The binary of a VMM that is compared with.
+pub struct Binary {
+    pub path: PathBuf,
+    /// What it says its version is.
+    pub version: String,
+}
 
 /// The directory and what is where in it.
 pub struct Workspace {
@@ -28,6 +37,8 @@ pub struct Workspace {
     pub reset: PathBuf,
     /// An initramfs whose `/init` sleeps for ever.
     pub asleep: PathBuf,
+    /// An initramfs whose `/init` writes to the console again and again.
+    pub writing: PathBuf,
     /// An initramfs whose `/init` writes to Firecracker's boot timer.
     pub boot_timer: PathBuf,
     /// An initramfs whose `/init` is at the freeze point at once.
@@ -48,15 +59,13 @@ pub struct Workspace {
     pub small: Image,
     /// Whether its `sh` is a shell.
     pub has_shell: bool,
-    /// Firecracker, if there is one to compare with.
-    pub firecracker: Option<PathBuf>,
-    /// What it says its version is.
-    pub firecracker_version: Option<String>,
+    /// The VMMs to compare with.
+    pub peers: BTreeMap<Peer, Binary>,
 }
 
 impl Workspace {
     /// Copies and makes what measuring needs.
-    pub fn prepare(firecracker: Option<&Path>) -> anyhow::Result<Self> {
+    pub fn prepare() -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("picovm-bench-")
             .tempdir()
@@ -72,6 +81,7 @@ impl Workspace {
         let initramfs = copy(&guest.initramfs, at("guest/initramfs.cpio"))?;
         let reset = write(at("reset.cpio"), &Program::Reset.initramfs("init"))?;
         let asleep = write(at("asleep.cpio"), &Program::Sleep.initramfs("init"))?;
+        let writing = write(at("writing.cpio"), &Program::Write.initramfs("init"))?;
         let boot_timer = write(at("boot-timer.cpio"), &Program::BootTimer.initramfs("init"))?;
         let at_once = write(at("at-once.cpio"), &Program::FreezePoint.initramfs("init"))?;
         let mut both =
@@ -83,14 +93,17 @@ impl Workspace {
         let bench = copy(&this, at("picovm-bench"))?;
         let command = this.with_file_name("picovm");
         let picovm = copy(&command, at("picovm")).context("`make build` puts picovm beside picovm-bench")?;
-        let (firecracker, firecracker_version) = match firecracker {
-            Some(path) => {
-                let path = copy(path, at("firecracker"))?;
-                let version = version(&path)?;
-                (Some(path), Some(version))
+        let mut peers = BTreeMap::new();
+        for peer in Peer::ALL {
+            if let Some(given) = peer.given() {
+                let binary = copy(&given, at(peer.key())).and_then(|path| {
+                    let version = version(&path)?;
+                    Ok(Binary { path, version })
+                });
+                let what = || format!("{} names no binary of {}", peer.variable(), peer.name());
+                peers.insert(peer, binary.with_context(what)?);
             }
-            None => (None, None),
-        };
+        }
 
         let busybox = static_busybox();
         let has_shell = busybox.is_some();
@@ -105,6 +118,7 @@ impl Workspace {
             initramfs,
             reset,
             asleep,
+            writing,
             boot_timer,
             at_once,
             at_once_beside_init,
@@ -115,8 +129,7 @@ impl Workspace {
             distribution,
             small,
             has_shell,
-            firecracker,
-            firecracker_version,
+            peers,
             directory,
         })
     }
@@ -124,6 +137,11 @@ impl Workspace {
     /// A path in the directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    /// The binary of a VMM, if it is to be compared with.
+    pub fn peer(&self, peer: Peer) -> Option<&Path> {
+        self.peers.get(&peer).map(|binary| binary.path.as_path())
     }
 
     /// The image that boots are measured with.
