@@ -116,8 +116,8 @@ fn a_bare_clone_owns_little_until_its_container_starts() {
     for parking in [Parking::Bare, Parking::Prefaulted] {
         let mut pool = Pool::new(template(), 1, parking).unwrap();
         pool.wait_until_full(PARKING).unwrap();
-        let server = pool.server_id();
-        let clone = vmm_processes().into_iter().find(|id| *id != server).unwrap();
+        let server = pool.server_id() as i32;
+        let (clone, _) = vmm_processes().into_iter().find(|(id, _)| *id != server).unwrap();
         let status = std::fs::read_to_string(format!("/proc/{clone}/status")).unwrap();
         let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
         owned.push(line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap());
