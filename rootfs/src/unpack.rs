@@ -66,11 +66,7 @@ const PROGRESS_EVERY: u64 = 256;
 const TAR_BLOCK: u64 = 512;
 
 /// Unpacks `archive` into the empty directory `root`. `progress` gets entries so far and bytes of the archive read.
-pub(crate) fn unpack(
-    archive: File,
-    root: &Path,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<(), UnpackError> {
+pub fn unpack(archive: File, root: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<(), UnpackError> {
     let stored = Counter::new(archive);
     let read = stored.count.clone();
     let plain = Counter::new(decompress(BufReader::with_capacity(1 << 17, stored))?);

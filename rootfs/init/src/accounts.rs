@@ -34,6 +34,12 @@ impl Accounts {
         }
     }
 
+    /// The same of files that were read already.
+    #[cfg(fuzzing)]
+    pub fn from_files(passwd: Vec<u8>, group: Vec<u8>) -> Self {
+        Self { passwd, group }
+    }
+
     #[cfg(test)]
     pub fn new(passwd: &str, group: &str) -> Self {
         Self {

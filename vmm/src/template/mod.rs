@@ -19,3 +19,10 @@ mod open;
 pub use format::{FORMAT_VERSION, FileRecord, Metadata, TemplateError, encode as encode_metadata};
 pub use freeze::{FreezeOptions, partial_prefix};
 pub use open::{ForkOptions, Template};
+
+/// The pure parses of a template's files, for the fuzz targets.
+#[cfg(fuzzing)]
+pub mod parses {
+    pub use super::format::decode as metadata;
+    pub use super::open::{decode_state as state, decode_working_set as working_set};
+}

@@ -83,21 +83,7 @@ impl Template {
         if bytes.len() as u64 != metadata.state.bytes || checksum::of(&bytes) != metadata.state.checksum {
             return Err(damaged(format!("{STATE} does not match its checksum")));
         }
-        let state: MachineState = postcard::from_bytes(&bytes)
-            .map_err(|error| damaged(format!("{STATE} cannot be read ({error})")))?;
-        let memory_bytes = metadata.memory_mib.checked_mul(1 << 20);
-        if state.memory_mib != metadata.memory_mib || memory_bytes != Some(metadata.memory.bytes) {
-            return Err(damaged("its files disagree on the size of the memory".into()));
-        }
-        if !(layout::MEMORY_MIN_MIB..=layout::MEMORY_MAX_MIB).contains(&metadata.memory_mib) {
-            return Err(damaged(format!(
-                "a machine of {} MiB cannot be made",
-                metadata.memory_mib
-            )));
-        }
-        if state.vcpus.len() != usize::from(metadata.vcpus) {
-            return Err(damaged("its files disagree on the number of vCPUs".into()));
-        }
+        let state = decode_state(&bytes, &metadata, directory)?;
 
         let path = directory.join(MEMORY);
         let file = File::open(&path).map_err(TemplateError::io("open", &path))?;
@@ -250,6 +236,41 @@ impl Template {
     }
 }
 
+/// Decodes the machine's state and checks all that can be checked of it before there is a VM.
+///
+/// # Errors
+/// [`TemplateError::Damaged`].
+pub fn decode_state(
+    bytes: &[u8],
+    metadata: &Metadata,
+    directory: &Path,
+) -> Result<MachineState, TemplateError> {
+    let damaged = |reason: String| TemplateError::damaged(directory, reason);
+    let state: MachineState =
+        postcard::from_bytes(bytes).map_err(|error| damaged(format!("{STATE} cannot be read ({error})")))?;
+    let memory_bytes = metadata.memory_mib.checked_mul(1 << 20);
+    if state.memory_mib != metadata.memory_mib || memory_bytes != Some(metadata.memory.bytes) {
+        return Err(damaged("its files disagree on the size of the memory".into()));
+    }
+    if !(layout::MEMORY_MIN_MIB..=layout::MEMORY_MAX_MIB).contains(&metadata.memory_mib) {
+        return Err(damaged(format!(
+            "a machine of {} MiB cannot be made",
+            metadata.memory_mib
+        )));
+    }
+    if state.vcpus.len() != usize::from(metadata.vcpus) {
+        return Err(damaged("its files disagree on the number of vCPUs".into()));
+    }
+    Ok(state)
+}
+
+/// Decodes a working set; `None` if it is none, or makes no sense for so much memory.
+pub fn decode_working_set(bytes: &[u8], memory_mib: u64) -> Option<WorkingSet> {
+    postcard::from_bytes(bytes)
+        .ok()
+        .filter(|set: &WorkingSet| set.fits(memory_mib))
+}
+
 /// Compares a memory file with what the template of `directory` says of it.
 fn compare_memory(directory: &Path, memory: &File, record: &FileRecord) -> Result<(), TemplateError> {
     let sum = checksum::of_memory(memory, record.bytes)
@@ -333,9 +354,7 @@ fn store_advice(directory: &Path, name: &str, bytes: &[u8]) {
 /// A working set that was recorded and makes sense for so much memory.
 fn recorded_working_set(directory: &Path, memory_mib: u64) -> Option<WorkingSet> {
     let bytes = read_small(&directory.join(WORKING_SET)).ok()?;
-    postcard::from_bytes(&bytes)
-        .ok()
-        .filter(|set: &WorkingSet| set.fits(memory_mib))
+    decode_working_set(&bytes, memory_mib)
 }
 
 #[cfg(test)]
