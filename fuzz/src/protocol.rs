@@ -87,6 +87,10 @@ pub fn agent(data: &[u8]) {
         let _ = accounts.resolve(spec);
         return;
     }
+    // As in init, whose runtime does this: a pipe that nobody reads is an error of the write.
+    static IGNORE: std::sync::Once = std::sync::Once::new();
+    // SAFETY: no handler is installed.
+    IGNORE.call_once(|| unsafe { _ = libc::signal(libc::SIGPIPE, libc::SIG_IGN) });
     let (container, stdin) = pipe();
     let (stdout, container_out) = pipe();
     let mut input = streams::Input::new(stdin);

@@ -151,15 +151,19 @@ impl WorkingSet {
         total(&self.read)
     }
 
-    /// Whether every page is one of a memory of so many MiB.
+    /// Whether every page is one of a memory of so many MiB, and both lists are in ascending order with no page twice: a
+    /// list from a file costs no more than the memory is large.
     #[must_use]
     pub fn fits(&self, memory_mib: u64) -> bool {
         let pages = memory_mib.saturating_mul((1 << 20) / PAGE);
-        self.written.iter().chain(&self.read).all(|range| {
-            range
-                .first
-                .checked_add(range.count)
-                .is_some_and(|end| range.count > 0 && end <= pages)
+        [&self.written, &self.read].into_iter().all(|list| {
+            let mut behind = 0;
+            list.iter().all(|range| {
+                let end = range.first.checked_add(range.count);
+                let fits = range.count > 0 && range.first >= behind && end.is_some_and(|end| end <= pages);
+                behind = end.unwrap_or(pages);
+                fits
+            })
         })
     }
 
@@ -342,6 +346,33 @@ mod tests {
         let mut word = [0u8; 5];
         memory.read_slice(&mut word, GuestAddress(7 * PAGE)).unwrap();
         assert_eq!(&word, b"seven");
+    }
+
+    /// A file of a few bytes for each would otherwise have every page of memory looked at as often as it has room.
+    #[test]
+    fn pages_that_come_again_or_out_of_order_fit_no_memory() {
+        let list = |ranges: &[(u64, u64)]| -> Vec<Pages> {
+            ranges
+                .iter()
+                .map(|&(first, count)| Pages { first, count })
+                .collect()
+        };
+        for (ranges, fits) in [
+            (&[(0, 4), (4, 4), (9, 1)][..], true),
+            (&[(0, 8192), (0, 8192)], false),
+            (&[(0, 4), (3, 4)], false),
+            (&[(9, 1), (0, 4)], false),
+        ] {
+            let written = WorkingSet {
+                written: list(ranges),
+                read: list(&[(2, 1)]),
+            };
+            let read = WorkingSet {
+                written: list(&[(2, 1)]),
+                read: list(ranges),
+            };
+            assert_eq!((written.fits(32), read.fits(32)), (fits, fits), "{ranges:?}");
+        }
     }
 
     #[test]
