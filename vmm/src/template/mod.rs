@@ -10,6 +10,18 @@
 //!
 //! A template is written under another name and renamed, so that a directory with a template's name is whole.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 mod checksum;
 mod format;
 mod freeze;

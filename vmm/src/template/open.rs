@@ -151,7 +151,11 @@ impl Template {
     /// Bytes that the guest has set aside for an identity.
     #[must_use]
     pub fn identity_area(&self) -> usize {
-        self.state.trap.identity_pages.len() * picovm_guest_protocol::trap::PAGE_SIZE
+        self.state
+            .trap
+            .identity_pages
+            .len()
+            .saturating_mul(picovm_guest_protocol::trap::PAGE_SIZE)
     }
 
     /// Which pages a start touches, if that was recorded.
