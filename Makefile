@@ -49,6 +49,7 @@ lint: ## Check format, clippy, shell scripts, and the dependencies' licences and
 
 fmt: ## Format the Rust sources
 	@cargo fmt --all
+	@cargo fmt --manifest-path fuzz/Cargo.toml
 
 doc: ## Build the documentation of the libraries; a warning is an error
 	@RUSTDOCFLAGS='-D warnings' make/step "documentation" cargo doc --workspace --no-deps
