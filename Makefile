@@ -10,7 +10,7 @@ export PREFIX DESTDIR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench setup kernel build image lint fmt doc install uninstall clean
+.PHONY: help demo test fuzz miri bench setup kernel build image lint fmt doc install uninstall clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,6 +21,12 @@ demo: setup build image ## The main job: boot a real Debian once, fork clones th
 
 test: ## Do all set-up, then run every test; the last line is "N passed, N failed"
 	@tests/run-all
+
+fuzz: setup ## Fuzz what reads hostile input, for hours: FUZZ_SECONDS, FUZZ_TARGET, FUZZ_JOBS (fuzz/README.md)
+	@make/fuzz
+
+miri: ## Run the pure parses under Miri, where a nightly toolchain has it
+	@make/miri
 
 bench: setup build ## Measure boot, freeze, fork and run; the figures go to target/bench/report.json
 	@make/bench
@@ -43,6 +49,7 @@ lint: ## Check format, clippy, shell scripts, and the dependencies' licences and
 
 fmt: ## Format the Rust sources
 	@cargo fmt --all
+	@cargo fmt --manifest-path fuzz/Cargo.toml
 
 doc: ## Build the documentation of the libraries; a warning is an error
 	@RUSTDOCFLAGS='-D warnings' make/step "documentation" cargo doc --workspace --no-deps

@@ -1,5 +1,17 @@
 //! Where kernel and initramfs of the guests are.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 

@@ -20,6 +20,9 @@ mod error;
 pub mod figures;
 mod guest;
 mod images;
+#[cfg(fuzzing)]
+pub mod messages;
+#[cfg(not(fuzzing))]
 mod messages;
 mod pool;
 mod scheduling;

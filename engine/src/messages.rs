@@ -1,6 +1,18 @@
 //! What an engine and a VMM process say to each other: over a Unix stream socket, each message a length and postcard, file
 //! descriptors with its first byte.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -73,7 +85,7 @@ pub fn send(socket: &UnixStream, message: &impl Serialize, descriptors: &[Borrow
             "what is to be run has too many arguments or variables",
         ));
     }
-    let mut bytes = Vec::with_capacity(4 + body.len());
+    let mut bytes = Vec::with_capacity(body.len().saturating_add(4));
     bytes.extend_from_slice(&(body.len() as u32).to_le_bytes());
     bytes.extend_from_slice(&body);
 

@@ -1,6 +1,18 @@
 //! The host's side of the agent protocol: bytes of the control connection in, events out, and the other way round.
 //! It does no I/O and waits for nothing, so it can be driven by any loop.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use picovm_guest_protocol::frame::{DATA_MAX, INITIAL_CREDIT, encode_data};
 use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, FrameError, Stream};
 

@@ -122,16 +122,17 @@ const CREDIT: u8 = 8;
 const SIGNAL: u8 = 11;
 const EXIT: u8 = 12;
 
-fn stream_offset(stream: Stream) -> u8 {
-    match stream {
+/// The kind of a frame about a stream: `first` is that of standard input, the others follow.
+fn kind_for(first: u8, stream: Stream) -> u8 {
+    first.saturating_add(match stream {
         Stream::Stdin => 0,
         Stream::Stdout => 1,
         Stream::Stderr => 2,
-    }
+    })
 }
 
-fn stream_at(offset: u8) -> Stream {
-    match offset {
+fn stream_of(first: u8, kind: u8) -> Stream {
+    match kind.saturating_sub(first) {
         0 => Stream::Stdin,
         1 => Stream::Stdout,
         _ => Stream::Stderr,
@@ -150,8 +151,8 @@ impl Frame {
                 postcard::to_stdvec(spec).map_err(|_| FrameError::Payload(SPEC))?,
             ),
             Self::Data(stream, bytes) => return encode_data(*stream, bytes, out),
-            Self::Close(stream) => (CLOSE + stream_offset(*stream), Vec::new()),
-            Self::Credit(stream, bytes) => (CREDIT + stream_offset(*stream), bytes.to_le_bytes().to_vec()),
+            Self::Close(stream) => (kind_for(CLOSE, *stream), Vec::new()),
+            Self::Credit(stream, bytes) => (kind_for(CREDIT, *stream), bytes.to_le_bytes().to_vec()),
             Self::Signal(signal) => (SIGNAL, vec![*signal]),
             Self::Exit(exit) => (
                 EXIT,
@@ -167,10 +168,10 @@ impl Frame {
             SPEC => postcard::from_bytes(payload)
                 .map(Self::Spec)
                 .map_err(|_| malformed),
-            DATA..CLOSE => Ok(Self::Data(stream_at(kind - DATA), payload.to_vec())),
-            CLOSE..CREDIT if payload.is_empty() => Ok(Self::Close(stream_at(kind - CLOSE))),
+            DATA..CLOSE => Ok(Self::Data(stream_of(DATA, kind), payload.to_vec())),
+            CLOSE..CREDIT if payload.is_empty() => Ok(Self::Close(stream_of(CLOSE, kind))),
             CREDIT..SIGNAL => match payload.try_into() {
-                Ok(bytes) => Ok(Self::Credit(stream_at(kind - CREDIT), u32::from_le_bytes(bytes))),
+                Ok(bytes) => Ok(Self::Credit(stream_of(CREDIT, kind), u32::from_le_bytes(bytes))),
                 Err(_) => Err(malformed),
             },
             SIGNAL => match payload {
@@ -191,7 +192,7 @@ impl Frame {
 /// # Errors
 /// [`FrameError::TooLarge`]; `out` is then unchanged.
 pub fn encode_data(stream: Stream, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
-    put(DATA + stream_offset(stream), bytes, out)
+    put(kind_for(DATA, stream), bytes, out)
 }
 
 fn put(kind: u8, payload: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {

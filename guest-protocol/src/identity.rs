@@ -69,20 +69,17 @@ impl Identity {
     /// # Errors
     /// [`IdentityError::TooLarge`] if it does not fit; leave out the container then.
     pub fn encode(&self, area_size: usize) -> Result<Vec<u8>, IdentityError> {
-        let mut bytes = vec![0u8; AREA_HEADER];
-        bytes =
-            postcard::to_extend(self, bytes).map_err(|_| IdentityError::Damaged("it cannot be encoded"))?;
-        if bytes.len() > area_size {
+        let body = postcard::to_stdvec(self).map_err(|_| IdentityError::Damaged("it cannot be encoded"))?;
+        let needed = body.len().saturating_add(AREA_HEADER);
+        if needed > area_size {
             return Err(IdentityError::TooLarge {
-                needed: bytes.len(),
+                needed,
                 available: area_size,
             });
         }
-        let length = u32::try_from(bytes.len() - AREA_HEADER)
-            .map_err(|_| IdentityError::Damaged("it is longer than 4 GiB"))?;
-        bytes[..4].copy_from_slice(&AREA_MAGIC.to_le_bytes());
-        bytes[4..AREA_HEADER].copy_from_slice(&length.to_le_bytes());
-        Ok(bytes)
+        let length =
+            u32::try_from(body.len()).map_err(|_| IdentityError::Damaged("it is longer than 4 GiB"))?;
+        Ok([&AREA_MAGIC.to_le_bytes()[..], &length.to_le_bytes(), &body].concat())
     }
 
     /// Decodes an identity area.

@@ -10,6 +10,18 @@
 //!
 //! Neither side trusts the other: every decoder here takes arbitrary bytes and answers with a value or an error.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 pub mod frame;
 pub mod identity;
 pub mod trap;

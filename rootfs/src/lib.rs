@@ -5,4 +5,7 @@
 
 pub mod image;
 pub mod initramfs;
+#[cfg(fuzzing)]
+pub mod unpack;
+#[cfg(not(fuzzing))]
 mod unpack;

@@ -4,6 +4,18 @@
 //! `RESOLVE_BENEATH`: the kernel refuses whatever would lead out of the directory, by `..`, by an absolute path or by
 //! a symbolic link that an earlier entry made.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -66,11 +78,7 @@ const PROGRESS_EVERY: u64 = 256;
 const TAR_BLOCK: u64 = 512;
 
 /// Unpacks `archive` into the empty directory `root`. `progress` gets entries so far and bytes of the archive read.
-pub(crate) fn unpack(
-    archive: File,
-    root: &Path,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<(), UnpackError> {
+pub fn unpack(archive: File, root: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<(), UnpackError> {
     let stored = Counter::new(archive);
     let read = stored.count.clone();
     let plain = Counter::new(decompress(BufReader::with_capacity(1 << 17, stored))?);
@@ -78,7 +86,7 @@ pub(crate) fn unpack(
     let mut archive = Archive::new(plain);
     let mut tree = Tree::open(root)?;
 
-    let mut entries = 0;
+    let mut entries = 0u64;
     let mut end = 0;
     let damaged = |entries| move |source| UnpackError::Damaged { entries, source };
     // The first header decides whether this is a tar archive at all.
@@ -97,10 +105,10 @@ pub(crate) fn unpack(
             .raw_file_position()
             .saturating_add(stored_size.next_multiple_of(TAR_BLOCK));
         tree.add(&mut entry, entries)?;
-        if entries % PROGRESS_EVERY == 0 {
+        if entries.is_multiple_of(PROGRESS_EVERY) {
             progress(entries, read.load(Ordering::Relaxed));
         }
-        entries += 1;
+        entries = entries.saturating_add(1);
     }
     tree.finish()?;
     // The iterator ends at the end mark, a block of zeros, and at the end of the file alike.
@@ -498,7 +506,7 @@ fn write_content<R: Read>(
                 source,
             }
         })?;
-        written += count as u64;
+        written = written.saturating_add(count as u64);
     }
     if written < expected {
         return Err(UnpackError::Truncated);

@@ -3,6 +3,18 @@
 //! Capturing state and building from state are apart ([`Machine::save`], [`Machine::build`]), so that forking a frozen
 //! template and forking a live machine differ only in where the memory comes from.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -704,5 +716,8 @@ fn serial_line(vm: &Arc<VmFd>) -> Arc<dyn InterruptLine> {
 }
 
 fn line(vm: &Arc<VmFd>, slot: usize) -> Arc<dyn InterruptLine> {
-    Arc::new(KvmLine::new(vm.clone(), layout::VIRTIO_IRQ + slot as u32))
+    Arc::new(KvmLine::new(
+        vm.clone(),
+        layout::VIRTIO_IRQ.saturating_add(slot as u32),
+    ))
 }

@@ -1,5 +1,17 @@
 //! Guest memory: anonymous while a machine boots, a private mapping of the template's memory file in a clone.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -92,7 +104,7 @@ fn map(mib: u64, file: Option<&File>) -> Result<GuestMemoryMmap, MemoryError> {
             GuestRegionMmap::new(region, GuestAddress(start))
                 .ok_or_else(|| failed("the range leaves the address space".into()))?,
         );
-        offset += bytes;
+        offset = offset.saturating_add(bytes);
     }
     GuestMemoryMmap::from_regions(regions).map_err(|error| failed(error.to_string()))
 }

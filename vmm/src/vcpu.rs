@@ -1,5 +1,17 @@
 //! State of one vCPU: captured from a machine that stands still, loaded into a fresh one.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
@@ -133,7 +145,11 @@ pub fn read_msrs(vcpu: &VcpuFd, index: u8, numbers: &[u32]) -> Result<Vec<Msr>, 
             value: entry.data,
         }));
         // KVM stops at the first register that it cannot read: go on behind it.
-        let done = if read < wanted.len() { read + 1 } else { read };
+        let done = if read < wanted.len() {
+            read.saturating_add(1)
+        } else {
+            read
+        };
         rest = rest.get(done..).unwrap_or_default();
     }
     Ok(values)

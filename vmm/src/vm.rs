@@ -1,5 +1,17 @@
 //! The KVM objects of one machine, and their state outside the vCPUs: interrupt controllers and clock.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
     kvm_userspace_memory_region,
@@ -135,8 +147,10 @@ pub struct VmState {
 impl VmState {
     /// Sets the clock back by `ticks` of a time stamp counter of `khz`, which is not 0.
     pub fn rewind_clock(&mut self, ticks: u64, khz: u32) {
-        let ns = u128::from(ticks) * 1_000_000 / u128::from(khz.max(1));
-        let ns = u64::try_from(ns).unwrap_or(u64::MAX);
+        let ns = u128::from(ticks)
+            .saturating_mul(1_000_000)
+            .checked_div(khz.into());
+        let ns = ns.and_then(|ns| u64::try_from(ns).ok()).unwrap_or(u64::MAX);
         self.clock.clock = self.clock.clock.saturating_sub(ns);
     }
 }

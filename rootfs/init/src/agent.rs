@@ -4,6 +4,18 @@
 //! One thread, one epoll with edge-triggered events: each descriptor is registered once, before the freeze, and from
 //! then on an event only says that a descriptor may be ready again.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use picovm_guest_protocol::frame::DATA_MAX;
@@ -277,7 +289,7 @@ impl Agent {
         // SAFETY: plain system calls; the process is not reaped yet, so its id is its own. It has no group only while
         // it is so young that nothing but itself could be in it.
         let result = unsafe {
-            match libc::kill(-pid, i32::from(signal)) {
+            match libc::kill(pid.wrapping_neg(), i32::from(signal)) {
                 0 => 0,
                 _ => libc::kill(pid, i32::from(signal)),
             }
@@ -338,7 +350,7 @@ impl Agent {
         // Only PID 1 has a machine of its own; anywhere else that would be everything on the developer's machine.
         let rest = match self.pid {
             _ if is_init => -1,
-            Some(pid) => -pid.as_raw_nonzero().get(),
+            Some(pid) => pid.as_raw_nonzero().get().wrapping_neg(),
             None => return,
         };
         // SAFETY: plain system call. It fails only if nothing is left, which is what is wanted.

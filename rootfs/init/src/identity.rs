@@ -1,5 +1,17 @@
 //! Taking on an identity: the area in which the host writes it, and what of the machine changes with it.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -70,7 +82,7 @@ impl IdentityArea {
         let area = unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), AREA_SIZE) };
         let identity = Identity::decode(area)?;
         let length = area.get(4..AREA_HEADER).and_then(|bytes| bytes.try_into().ok());
-        let used = AREA_HEADER + length.map_or(0, u32::from_le_bytes) as usize;
+        let used = AREA_HEADER.saturating_add(length.map_or(0, u32::from_le_bytes) as usize);
         for byte in area.iter_mut().take(used) {
             // SAFETY: a byte of the area, by reference. Volatile, because nothing reads it afterwards.
             unsafe { std::ptr::write_volatile(byte, 0) };
@@ -80,6 +92,8 @@ impl IdentityArea {
     }
 
     /// Guest-physical addresses of the area's pages. Touches each, so that this process has them mapped for writing.
+    // Page numbers of this process, below 2^55.
+    #[allow(clippy::arithmetic_side_effects)]
     fn physical_pages(&self) -> Result<[u64; trap::IDENTITY_PAGES_MAX], StartFailure> {
         const PRESENT: u64 = 1 << 63;
         const FRAME: u64 = (1 << 55) - 1;

@@ -1,5 +1,17 @@
 //! The container's streams and the control connection's two directions, each with what it has buffered and may send.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
@@ -67,14 +79,14 @@ impl Outgoing {
     }
 
     fn has_room(&self) -> bool {
-        self.bytes.len() - self.sent < OUTGOING_HIGH
+        self.bytes.len().saturating_sub(self.sent) < OUTGOING_HIGH
     }
 
     /// Writes as much as the connection takes.
     pub fn flush(&mut self, connection: &OwnedFd) -> rustix::io::Result<()> {
         while self.urgent && self.writable && !self.is_empty() {
             match rustix::io::write(connection, self.bytes.get(self.sent..).unwrap_or_default()) {
-                Ok(count) => self.sent += count,
+                Ok(count) => self.sent = self.sent.saturating_add(count),
                 Err(Errno::AGAIN) => self.writable = false,
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error),
@@ -221,7 +233,7 @@ impl Input {
         if self.closed_by_host {
             return Err(InputViolation::AfterClose);
         }
-        if self.buffer.len() + bytes.len() > INITIAL_CREDIT as usize {
+        if self.buffer.len().saturating_add(bytes.len()) > INITIAL_CREDIT as usize {
             return Err(InputViolation::BeyondCredit);
         }
         self.buffer.extend(bytes);
@@ -255,7 +267,7 @@ impl Input {
                     // A pipe takes all it can: less than offered means full, and room is a new event.
                     self.writable = count == bytes.len();
                     self.buffer.drain(..count);
-                    consumed += count;
+                    consumed = consumed.saturating_add(count);
                 }
                 Err(Errno::AGAIN) => self.writable = false,
                 Err(Errno::INTR) => {}
@@ -264,7 +276,7 @@ impl Input {
             }
         }
         if self.pipe.is_none() {
-            consumed += self.buffer.len();
+            consumed = consumed.saturating_add(self.buffer.len());
             self.buffer.clear();
         }
         if self.closed_by_host && self.buffer.is_empty() {

@@ -3,6 +3,18 @@
 //! Everything that forking a process takes is so done once, in the template. The stub holds all signals back until
 //! its `execve`, so that one which comes early waits for the container.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -295,7 +307,10 @@ pub fn wait_until_asleep(process: Pid) -> Result<(), StartFailure> {
         let stat = std::fs::read(&path)
             .map_err(|error| failure(format!("read {path}"), error.raw_os_error().unwrap_or(0), error))?;
         // `PID (NAME) STATE ...`, and the name may contain anything.
-        let after_name = stat.iter().rposition(|&byte| byte == b')').map(|end| end + 2);
+        let after_name = stat
+            .iter()
+            .rposition(|&byte| byte == b')')
+            .map(|end| end.saturating_add(2));
         if matches!(after_name.and_then(|state| stat.get(state)), Some(b'S' | b'D')) {
             break;
         }

@@ -1,5 +1,17 @@
 //! The freeze trap: the MMIO page through which init speaks to the VMM.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 use std::fs;
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, compiler_fence};

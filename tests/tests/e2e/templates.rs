@@ -74,6 +74,93 @@ fn a_flipped_byte_in_any_file_is_noticed() {
     }
 }
 
+/// Numbers that are random and can be had again: `PICOVM_TEST_SEED` sets the seed, which a test prints.
+fn random() -> impl FnMut(u64) -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    let seed = std::env::var("PICOVM_TEST_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| {
+            std::collections::hash_map::RandomState::new()
+                .build_hasher()
+                .finish()
+        });
+    println!("PICOVM_TEST_SEED={seed}");
+    let mut state = seed | 1;
+    move |end| {
+        // xorshift64*
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11) % end
+    }
+}
+
+/// The many places are tried on a made-up template, beside the code; here it is a real one, to the end.
+#[test]
+fn random_damage_to_a_real_template_is_refused_by_name_and_mended_it_runs() {
+    let mut below = random();
+    let (_directory, path) = copy();
+    for (name, flips, cuts) in [("template.json", 40, 20), ("state", 40, 20), ("memory", 6, 6)] {
+        let file = path.join(name);
+        let length = fs::metadata(&file).unwrap().len();
+        for _ in 0..flips {
+            let offset = below(length);
+            flip(&file, offset);
+            let error = refused(&path);
+            assert!(
+                error.contains("is damaged") && error.contains(name),
+                "{name} at {offset}: {error}"
+            );
+            flip(&file, offset);
+        }
+        let whole = path.join("whole");
+        fs::rename(&file, &whole).unwrap();
+        for _ in 0..cuts {
+            let cut = below(length);
+            let status = Command::new("cp")
+                .arg("--sparse=always")
+                .arg(&whole)
+                .arg(&file)
+                .status();
+            assert!(status.unwrap().success());
+            let copy = fs::File::options().write(true).open(&file).unwrap();
+            copy.set_len(cut).unwrap();
+            let error = refused(&path);
+            assert!(error.contains(name), "{name} of {cut} bytes: {error}");
+        }
+        fs::rename(&whole, &file).unwrap();
+    }
+    let template = Template::open(&path).unwrap();
+    let output = capture(&template, &ContainerOptions::command(["echo", "mended"])).unwrap();
+    assert_eq!(output.text(), "mended");
+}
+
+/// What is recorded beside a template is advice: wrong, cut off or of another template, it changes nothing that a
+/// container sees.
+#[test]
+fn any_working_set_and_any_record_of_a_verification_leave_a_template_as_good() {
+    let mut below = random();
+    let (_directory, path) = copy();
+    let shared = fs::read(template().path().join("working-set")).unwrap_or_else(|_| vec![1, 3, 2, 1, 9, 9]);
+    for round in 0..6 {
+        let mut bytes = shared.clone();
+        match round {
+            0 => bytes.truncate(below(bytes.len() as u64) as usize),
+            1 => bytes = (0..4096).map(|_| below(256) as u8).collect(),
+            _ => {
+                let at = below(bytes.len() as u64) as usize;
+                bytes[at] ^= 1 + below(255) as u8;
+            }
+        }
+        fs::write(path.join("working-set"), &bytes).unwrap();
+        fs::write(path.join("verified"), &bytes).unwrap();
+        let template = Template::open(&path).unwrap();
+        let output = capture(&template, &ContainerOptions::command(["echo", "fine"])).unwrap();
+        assert_eq!(output.text(), "fine", "round {round}");
+    }
+}
+
 #[test]
 fn a_byte_flipped_after_it_was_found_right_is_noticed() {
     let (_directory, path) = copy();

@@ -30,8 +30,8 @@ impl Devices {
     pub fn read_memory(&self, address: u64, data: &mut [u8]) {
         if let Some((slot, offset)) = self.slot(address) {
             slot.read(offset, data);
-        } else if (layout::TRAP..layout::TRAP + TRAP_SIZE).contains(&address) {
-            lock(&self.trap).read(address - layout::TRAP, data);
+        } else if let Some(offset) = trap_offset(address) {
+            lock(&self.trap).read(offset, data);
         } else {
             data.fill(0xff);
         }
@@ -41,8 +41,8 @@ impl Devices {
     pub fn write_memory(&self, address: u64, data: &[u8]) -> TrapAction {
         if let Some((slot, offset)) = self.slot(address) {
             slot.write(offset, data);
-        } else if (layout::TRAP..layout::TRAP + TRAP_SIZE).contains(&address) {
-            return lock(&self.trap).write(address - layout::TRAP, data);
+        } else if let Some(offset) = trap_offset(address) {
+            return lock(&self.trap).write(offset, data);
         }
         TrapAction::Continue
     }
@@ -70,6 +70,13 @@ impl Devices {
             slot.resume();
         }
     }
+}
+
+/// Where in the freeze trap's page an address is, if it is there.
+fn trap_offset(address: u64) -> Option<u64> {
+    address
+        .checked_sub(layout::TRAP)
+        .filter(|offset| *offset < TRAP_SIZE)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -177,8 +177,8 @@ impl Ports {
     pub fn read(&mut self, port: u16, data: &mut [u8]) {
         for value in data {
             *value = match port {
-                SERIAL_PORT..SERIAL_END => self.serial.read((port - SERIAL_PORT) as u8),
-                I8042_DATA | I8042_COMMAND => self.keyboard.read((port - I8042_DATA) as u8),
+                SERIAL_PORT..SERIAL_END => self.serial.read(port.wrapping_sub(SERIAL_PORT) as u8),
+                I8042_DATA | I8042_COMMAND => self.keyboard.read(port.wrapping_sub(I8042_DATA) as u8),
                 // Register A bit 7 clear: no update in progress. The kernel polls for that 20,000 times otherwise.
                 _ if CMOS.contains(&port) => 0,
                 _ => 0xff,
@@ -192,10 +192,10 @@ impl Ports {
             match port {
                 SERIAL_PORT..SERIAL_END => {
                     // Fails only where the log or the line does, and neither stops the machine.
-                    let _ = self.serial.write((port - SERIAL_PORT) as u8, *value);
+                    let _ = self.serial.write(port.wrapping_sub(SERIAL_PORT) as u8, *value);
                 }
                 I8042_DATA | I8042_COMMAND => {
-                    let _ = self.keyboard.write((port - I8042_DATA) as u8, *value);
+                    let _ = self.keyboard.write(port.wrapping_sub(I8042_DATA) as u8, *value);
                 }
                 _ => {}
             }

@@ -15,6 +15,18 @@
 //!
 //! The guest is hostile: whatever it does to a device is an error of that device, never a panic.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 pub mod bus;
 pub mod interrupt;
 pub mod legacy;

@@ -75,7 +75,9 @@ impl Trap {
         match (offset, data.len()) {
             (IDENTITY_PAGE, 8) => {
                 let address = data.try_into().map_or(u64::MAX, u64::from_le_bytes);
-                if address % PAGE_SIZE as u64 == 0 && self.state.identity_pages.len() < IDENTITY_PAGES_MAX {
+                if address.is_multiple_of(PAGE_SIZE as u64)
+                    && self.state.identity_pages.len() < IDENTITY_PAGES_MAX
+                {
                     self.state.identity_pages.push(address);
                 }
                 TrapAction::Continue

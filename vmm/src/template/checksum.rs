@@ -50,7 +50,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 /// Chunks of a memory file that hold data, by their index: the others are holes.
 pub fn data_chunks(file: &File, bytes: u64) -> io::Result<BTreeSet<u64>> {
     let mut chunks = BTreeSet::new();
-    let mut offset = 0;
+    let mut offset = 0u64;
     while offset < bytes {
         let data = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
             Ok(data) if data < bytes => data,
@@ -59,8 +59,8 @@ pub fn data_chunks(file: &File, bytes: u64) -> io::Result<BTreeSet<u64>> {
             Err(error) => return Err(error.into()),
         };
         let hole = rustix::fs::seek(file, SeekFrom::Hole(data))?.min(bytes);
-        chunks.extend(data / CHUNK as u64..hole.div_ceil(CHUNK as u64));
-        offset = hole.max(data + 1);
+        chunks.extend(data.div_euclid(CHUNK as u64)..hole.div_ceil(CHUNK as u64));
+        offset = hole.max(data.saturating_add(1));
     }
     Ok(chunks)
 }
@@ -70,8 +70,10 @@ pub fn of_memory(file: &File, bytes: u64) -> io::Result<String> {
     let mut checksum = MemoryChecksum::new(bytes);
     let mut buffer = vec![0u8; CHUNK];
     for index in data_chunks(file, bytes)? {
-        let start = index * CHUNK as u64;
-        let length = usize::try_from(bytes - start).unwrap_or(CHUNK).min(CHUNK);
+        let start = index.saturating_mul(CHUNK as u64);
+        let length = usize::try_from(bytes.saturating_sub(start))
+            .unwrap_or(CHUNK)
+            .min(CHUNK);
         let chunk = buffer.get_mut(..length).unwrap_or_default();
         file.read_exact_at(chunk, start)?;
         if !is_zero(chunk) {

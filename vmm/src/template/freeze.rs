@@ -1,5 +1,8 @@
 //! Freezing: a machine that stands still becomes a template.
 
+// Sizes of regions and chunks of this process, none of them from a guest or a file.
+#![allow(clippy::arithmetic_side_effects)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write;

@@ -4,6 +4,9 @@
 //! It is advice. A host without it (`MADV_COLLAPSE` is of Linux 6.1; a file that is not on a tmpfs needs
 //! `CONFIG_READ_ONLY_THP_FOR_FS`) serves the same content in small pages.
 
+// Sizes of regions and chunks of this process, none of them from a guest or a file.
+#![allow(clippy::arithmetic_side_effects)]
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 

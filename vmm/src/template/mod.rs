@@ -10,6 +10,18 @@
 //!
 //! A template is written under another name and renamed, so that a directory with a template's name is whole.
 
+// What a guest or a file says must not end this process.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
 mod checksum;
 mod format;
 mod freeze;
@@ -19,3 +31,10 @@ mod open;
 pub use format::{FORMAT_VERSION, FileRecord, Metadata, TemplateError, encode as encode_metadata};
 pub use freeze::{FreezeOptions, partial_prefix};
 pub use open::{ForkOptions, Template};
+
+/// The pure parses of a template's files, for the fuzz targets.
+#[cfg(fuzzing)]
+pub mod parses {
+    pub use super::format::decode as metadata;
+    pub use super::open::{decode_state as state, decode_working_set as working_set};
+}

@@ -83,21 +83,7 @@ impl Template {
         if bytes.len() as u64 != metadata.state.bytes || checksum::of(&bytes) != metadata.state.checksum {
             return Err(damaged(format!("{STATE} does not match its checksum")));
         }
-        let state: MachineState = postcard::from_bytes(&bytes)
-            .map_err(|error| damaged(format!("{STATE} cannot be read ({error})")))?;
-        let memory_bytes = metadata.memory_mib.checked_mul(1 << 20);
-        if state.memory_mib != metadata.memory_mib || memory_bytes != Some(metadata.memory.bytes) {
-            return Err(damaged("its files disagree on the size of the memory".into()));
-        }
-        if !(layout::MEMORY_MIN_MIB..=layout::MEMORY_MAX_MIB).contains(&metadata.memory_mib) {
-            return Err(damaged(format!(
-                "a machine of {} MiB cannot be made",
-                metadata.memory_mib
-            )));
-        }
-        if state.vcpus.len() != usize::from(metadata.vcpus) {
-            return Err(damaged("its files disagree on the number of vCPUs".into()));
-        }
+        let state = decode_state(&bytes, &metadata, directory)?;
 
         let path = directory.join(MEMORY);
         let file = File::open(&path).map_err(TemplateError::io("open", &path))?;
@@ -124,13 +110,7 @@ impl Template {
 
         let kvm = vm::open_kvm().map_err(MachineError::from)?;
         let here = Processor::of(&vm::supported_cpuid(&kvm).map_err(MachineError::from)?);
-        if here != metadata.processor {
-            return Err(TemplateError::Foreign {
-                path: directory.to_owned(),
-                made_on: Box::new(metadata.processor),
-                here: Box::new(here),
-            });
-        }
+        same_processor(directory, &metadata.processor, here)?;
         Ok(Self {
             path: directory.to_owned(),
             id,
@@ -171,7 +151,11 @@ impl Template {
     /// Bytes that the guest has set aside for an identity.
     #[must_use]
     pub fn identity_area(&self) -> usize {
-        self.state.trap.identity_pages.len() * picovm_guest_protocol::trap::PAGE_SIZE
+        self.state
+            .trap
+            .identity_pages
+            .len()
+            .saturating_mul(picovm_guest_protocol::trap::PAGE_SIZE)
     }
 
     /// Which pages a start touches, if that was recorded.
@@ -248,6 +232,53 @@ impl Template {
         }
         Ok(())
     }
+}
+
+/// Whether the guest finds the processor that it has adapted to.
+fn same_processor(directory: &Path, made_on: &Processor, here: Processor) -> Result<(), TemplateError> {
+    if here == *made_on {
+        return Ok(());
+    }
+    Err(TemplateError::Foreign {
+        path: directory.to_owned(),
+        made_on: Box::new(made_on.clone()),
+        here: Box::new(here),
+    })
+}
+
+/// Decodes the machine's state and checks all that can be checked of it before there is a VM.
+///
+/// # Errors
+/// [`TemplateError::Damaged`].
+pub fn decode_state(
+    bytes: &[u8],
+    metadata: &Metadata,
+    directory: &Path,
+) -> Result<MachineState, TemplateError> {
+    let damaged = |reason: String| TemplateError::damaged(directory, reason);
+    let state: MachineState =
+        postcard::from_bytes(bytes).map_err(|error| damaged(format!("{STATE} cannot be read ({error})")))?;
+    let memory_bytes = metadata.memory_mib.checked_mul(1 << 20);
+    if state.memory_mib != metadata.memory_mib || memory_bytes != Some(metadata.memory.bytes) {
+        return Err(damaged("its files disagree on the size of the memory".into()));
+    }
+    if !(layout::MEMORY_MIN_MIB..=layout::MEMORY_MAX_MIB).contains(&metadata.memory_mib) {
+        return Err(damaged(format!(
+            "a machine of {} MiB cannot be made",
+            metadata.memory_mib
+        )));
+    }
+    if state.vcpus.len() != usize::from(metadata.vcpus) {
+        return Err(damaged("its files disagree on the number of vCPUs".into()));
+    }
+    Ok(state)
+}
+
+/// Decodes a working set; `None` if it is none, or makes no sense for so much memory.
+pub fn decode_working_set(bytes: &[u8], memory_mib: u64) -> Option<WorkingSet> {
+    postcard::from_bytes(bytes)
+        .ok()
+        .filter(|set: &WorkingSet| set.fits(memory_mib))
 }
 
 /// Compares a memory file with what the template of `directory` says of it.
@@ -333,9 +364,7 @@ fn store_advice(directory: &Path, name: &str, bytes: &[u8]) {
 /// A working set that was recorded and makes sense for so much memory.
 fn recorded_working_set(directory: &Path, memory_mib: u64) -> Option<WorkingSet> {
     let bytes = read_small(&directory.join(WORKING_SET)).ok()?;
-    postcard::from_bytes(&bytes)
-        .ok()
-        .filter(|set: &WorkingSet| set.fits(memory_mib))
+    decode_working_set(&bytes, memory_mib)
 }
 
 #[cfg(test)]
@@ -368,10 +397,19 @@ mod tests {
 
     /// A template as freezing writes it, of a machine that never was; `content` is at the start of its memory.
     fn write(directory: &Path, content: &[u8], change: impl FnOnce(&mut Metadata)) {
+        write_with(directory, content, &state(), change);
+    }
+
+    fn write_with(
+        directory: &Path,
+        content: &[u8],
+        state: &MachineState,
+        change: impl FnOnce(&mut Metadata),
+    ) {
         let memory = File::create(directory.join(MEMORY)).unwrap();
         memory.set_len(MIB << 20).unwrap();
         memory.write_all_at(content, 0).unwrap();
-        let state = postcard::to_stdvec(&state()).unwrap();
+        let state = postcard::to_stdvec(state).unwrap();
         fs::write(directory.join(STATE), &state).unwrap();
         let mut metadata = Metadata {
             format: FORMAT_VERSION,
@@ -463,6 +501,247 @@ mod tests {
         write(directory.path(), b"", |metadata| metadata.protocol += 1);
         let error = Template::open(directory.path()).unwrap_err();
         assert!(matches!(error, TemplateError::Protocol { .. }), "{error}");
+    }
+
+    /// Numbers that are random and can be had again: each test prints its seed, `PICOVM_TEST_SEED` sets it.
+    struct Random(u64);
+
+    fn nanoseconds() -> u32 {
+        std::time::SystemTime::UNIX_EPOCH
+            .elapsed()
+            .unwrap()
+            .subsec_nanos()
+    }
+
+    impl Random {
+        fn new() -> Self {
+            let seed = std::env::var("PICOVM_TEST_SEED")
+                .ok()
+                .and_then(|seed| seed.parse().ok())
+                .unwrap_or_else(|| u64::from(std::process::id()) << 32 | u64::from(nanoseconds()));
+            println!("PICOVM_TEST_SEED={seed}");
+            Self(seed)
+        }
+
+        /// A number below `end` (splitmix64).
+        fn below(&mut self, end: u64) -> u64 {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            (mixed ^ mixed >> 31) % end
+        }
+    }
+
+    const FLIPS: usize = 500;
+    const TRUNCATIONS: usize = 100;
+    /// Bytes of memory that hold something in the templates below: a few chunks.
+    const CONTENT: u64 = 200_000;
+
+    /// A whole template with all that may be beside it.
+    fn complete(random: &mut Random) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let content: Vec<u8> = (0..CONTENT).map(|_| random.below(256) as u8).collect();
+        let mut state = state();
+        state.vcpus[0].regs.rip = random.below(u64::MAX);
+        write_with(directory.path(), &content, &state, |_| {});
+        let pages = |first, count| vec![crate::working_set::Pages { first, count }];
+        let set = WorkingSet {
+            written: pages(3, 100),
+            read: pages(200, 1000),
+        };
+        store_advice(directory.path(), WORKING_SET, &postcard::to_stdvec(&set).unwrap());
+        assert_eq!(damage(directory.path()), None);
+        directory
+    }
+
+    /// A changed file is refused by its name, or the template is exactly what it was: nothing else is possible. What is
+    /// only advice is never refused.
+    fn check(directory: &Path, name: &str, before: &Metadata, what: &str) {
+        let reason = damage(directory);
+        match (name, &reason) {
+            // Comparing again is all that a record that is gone costs.
+            (VERIFIED | WORKING_SET, reason) => assert_eq!(*reason, None, "{name} {what}"),
+            (_, Some(reason)) => assert!(reason.contains(name), "{name} {what}: {reason}"),
+            (_, None) => assert_eq!(
+                Template::read_metadata(directory).unwrap().0,
+                *before,
+                "{name} {what} was noticed by nobody"
+            ),
+        }
+        if let Some(set) = recorded_working_set(directory, MIB) {
+            assert!(set.fits(MIB));
+        }
+    }
+
+    #[test]
+    fn a_byte_flipped_anywhere_in_any_file_is_refused_by_name_or_changes_nothing() {
+        let mut random = Random::new();
+        let template = complete(&mut random);
+        let path = template.path();
+        let before = Template::read_metadata(path).unwrap().0;
+        for name in [METADATA, STATE, MEMORY, WORKING_SET, VERIFIED] {
+            let place = path.join(name);
+            let mut noticed = 0;
+            for round in 0..FLIPS {
+                if name != VERIFIED {
+                    // What was verified within one tick of the kernel's clock counts as unchanged.
+                    let _ = fs::remove_file(path.join(VERIFIED));
+                }
+                let file = File::options().read(true).write(true).open(&place).unwrap();
+                let length = file.metadata().unwrap().len();
+                // Of the memory, what it holds as often as its holes.
+                let end = if name == MEMORY && round % 2 == 0 {
+                    CONTENT
+                } else {
+                    length
+                };
+                let (offset, flip) = (random.below(end), 1 + random.below(255) as u8);
+                let mut byte = [0u8];
+                file.read_exact_at(&mut byte, offset).unwrap();
+                file.write_all_at(&[byte[0] ^ flip], offset).unwrap();
+                check(path, name, &before, &format!("at {offset} by {flip:#x}"));
+                noticed += usize::from(name == MEMORY && damage(path).is_some());
+                file.write_all_at(&byte, offset).unwrap();
+                if name == MEMORY && offset >= CONTENT.next_multiple_of(4096) {
+                    // A hole again.
+                    let flags =
+                        rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                    rustix::fs::fallocate(&file, flags, offset & !0xfff, 4096).unwrap();
+                }
+            }
+            assert!(name != MEMORY || noticed == FLIPS, "{noticed} flips were noticed");
+            let _ = fs::remove_file(path.join(VERIFIED));
+            assert_eq!(damage(path), None, "{name} was put back");
+        }
+    }
+
+    #[test]
+    fn a_file_cut_off_anywhere_is_refused_by_name() {
+        let mut random = Random::new();
+        let template = complete(&mut random);
+        let path = template.path();
+        let before = Template::read_metadata(path).unwrap().0;
+        for name in [METADATA, STATE, MEMORY, WORKING_SET, VERIFIED] {
+            let place = path.join(name);
+            let whole = fs::metadata(&place).unwrap().len();
+            let content = (name != MEMORY).then(|| fs::read(&place).unwrap());
+            for round in 0..TRUNCATIONS as u64 {
+                // Nothing, all but one byte, and anything in between.
+                let length = match round {
+                    0 => 0,
+                    1 => whole - 1,
+                    _ => random.below(whole),
+                };
+                let file = File::options().write(true).open(&place).unwrap();
+                file.set_len(length).unwrap();
+                check(path, name, &before, &format!("of {length} bytes"));
+                if !matches!(name, WORKING_SET | VERIFIED) {
+                    assert!(damage(path).is_some(), "{name} of {length} bytes");
+                }
+                match &content {
+                    Some(content) => fs::write(&place, content).unwrap(),
+                    None => file.set_len(whole).unwrap(),
+                }
+            }
+            if name == MEMORY {
+                assert!(damage(path).unwrap().contains(MEMORY), "its content is gone");
+            } else {
+                assert_eq!(damage(path), None, "{name} was put back");
+                continue;
+            }
+            let again = complete(&mut random);
+            fs::copy(again.path().join(MEMORY), &place).unwrap();
+            for name in [METADATA, STATE] {
+                fs::copy(again.path().join(name), path.join(name)).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn no_mixture_of_two_templates_is_opened() {
+        const FILES: [&str; 3] = [METADATA, STATE, MEMORY];
+        let mut random = Random::new();
+        for mixture in 1..7u8 {
+            let (one, other) = (complete(&mut random), complete(&mut random));
+            for (bit, name) in FILES.iter().enumerate() {
+                if mixture >> bit & 1 == 1 {
+                    fs::copy(other.path().join(name), one.path().join(name)).unwrap();
+                }
+            }
+            let reason = damage(one.path()).unwrap();
+            // The metadata says what the other two are to be.
+            let strangers = FILES[1..].iter().enumerate();
+            let mut strangers = strangers.filter(|(bit, _)| mixture >> (bit + 1) & 1 != mixture & 1);
+            assert!(
+                strangers.any(|(_, name)| reason.contains(name)),
+                "mixture {mixture:03b}: {reason}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_working_set_of_another_template_is_advice_or_nothing() {
+        let mut random = Random::new();
+        let template = complete(&mut random);
+        for (last, taken) in [((MIB << 8) - 1, true), (MIB << 8, false)] {
+            let set = WorkingSet {
+                written: vec![crate::working_set::Pages {
+                    first: last,
+                    count: 1,
+                }],
+                ..WorkingSet::default()
+            };
+            store_advice(template.path(), WORKING_SET, &postcard::to_stdvec(&set).unwrap());
+            assert_eq!(damage(template.path()), None);
+            assert_eq!(recorded_working_set(template.path(), MIB).is_some(), taken);
+        }
+    }
+
+    #[test]
+    fn every_other_version_is_told_as_such() {
+        let directory = tempfile::tempdir().unwrap();
+        for format in [0, FORMAT_VERSION - 1, FORMAT_VERSION + 1, u32::MAX] {
+            write(directory.path(), b"", |metadata| metadata.format = format);
+            let error = Template::open(directory.path()).unwrap_err();
+            assert!(
+                matches!(error, TemplateError::Version { found, .. } if found == format),
+                "{error}"
+            );
+            assert!(error.to_string().contains("build it again"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_template_of_another_processor_is_refused_with_both_named() {
+        let made_on = Processor {
+            vendor: "GenuineIntel".into(),
+            signature: 0x806f8,
+            features: [1; 8],
+        };
+        let here = Processor {
+            features: [3; 8],
+            ..made_on.clone()
+        };
+        assert!(same_processor(Path::new("t"), &made_on, made_on.clone()).is_ok());
+        let error = same_processor(Path::new("t"), &made_on, here.clone()).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("another processor") && text.contains("build it again"),
+            "{text}"
+        );
+        for other in [
+            Processor {
+                vendor: "AuthenticAMD".into(),
+                ..made_on.clone()
+            },
+            Processor {
+                signature: 0x806f9,
+                ..made_on.clone()
+            },
+        ] {
+            let error = same_processor(Path::new("t"), &made_on, other).unwrap_err();
+            assert!(matches!(error, TemplateError::Foreign { .. }), "{error}");
+        }
     }
 
     proptest! {

@@ -277,7 +277,7 @@ fn split(buffers: &[Buffer], bytes: u64) -> (Vec<Buffer>, Vec<Buffer>) {
     for buffer in buffers {
         // No more than the buffer's own length, which has 32 bits.
         let part = left.min(u64::from(buffer.length)) as u32;
-        left -= u64::from(part);
+        left = left.saturating_sub(u64::from(part));
         if part > 0 {
             first.push(Buffer {
                 address: buffer.address,
@@ -288,7 +288,7 @@ fn split(buffers: &[Buffer], bytes: u64) -> (Vec<Buffer>, Vec<Buffer>) {
             rest.push(Buffer {
                 // One that leaves the address space is refused where it is written to.
                 address: vm_memory::GuestAddress(buffer.address.0.saturating_add(u64::from(part))),
-                length: buffer.length - part,
+                length: buffer.length.saturating_sub(part),
             });
         }
     }
@@ -301,7 +301,7 @@ fn zero(memory: &GuestMemoryMmap, buffer: &Buffer) -> Option<()> {
     while left > 0 {
         let part = left.min(ZEROS.len());
         memory.write_slice(ZEROS.get(..part)?, address).ok()?;
-        left -= part;
+        left = left.saturating_sub(part);
         if left > 0 {
             address = address.checked_add(part as u64)?;
         }
@@ -312,14 +312,14 @@ fn zero(memory: &GuestMemoryMmap, buffer: &Buffer) -> Option<()> {
 /// Drops the first `done` bytes from a list of ranges.
 fn advance(list: &mut Vec<libc::iovec>, done: u64) {
     let mut done = usize::try_from(done).unwrap_or(usize::MAX);
-    let mut whole = 0;
+    let mut whole = 0usize;
     for entry in list.iter_mut() {
         if done >= entry.iov_len {
-            done -= entry.iov_len;
-            whole += 1;
+            done = done.saturating_sub(entry.iov_len);
+            whole = whole.saturating_add(1);
         } else {
             entry.iov_base = entry.iov_base.cast::<u8>().wrapping_add(done).cast();
-            entry.iov_len -= done;
+            entry.iov_len = entry.iov_len.saturating_sub(done);
             break;
         }
     }

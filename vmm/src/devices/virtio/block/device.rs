@@ -112,17 +112,17 @@ fn take_header(chain: &mut Chain, memory: &GuestMemoryMmap) -> Option<[u8; HEADE
     let mut have = 0usize;
     while have < HEADER {
         let buffer = chain.readable.first_mut()?;
-        let take = (buffer.length as usize).min(HEADER - have);
+        let take = (buffer.length as usize).min(HEADER.saturating_sub(have));
         memory
-            .read_slice(header.get_mut(have..have + take)?, buffer.address)
+            .read_slice(header.get_mut(have..have.saturating_add(take))?, buffer.address)
             .ok()?;
-        have += take;
+        have = have.saturating_add(take);
         if take as u32 == buffer.length {
             chain.readable.remove(0);
         } else {
             *buffer = Buffer {
                 address: vm_memory::Address::checked_add(&buffer.address, take as u64)?,
-                length: buffer.length - take as u32,
+                length: buffer.length.saturating_sub(take as u32),
             };
         }
     }
@@ -135,7 +135,7 @@ fn take_status(chain: &mut Chain) -> Option<vm_memory::GuestAddress> {
         chain.writable.pop();
     }
     let last = chain.writable.last_mut()?;
-    last.length -= 1;
+    last.length = last.length.checked_sub(1)?;
     let address = vm_memory::Address::checked_add(&last.address, u64::from(last.length))?;
     if last.length == 0 {
         chain.writable.pop();

@@ -154,7 +154,7 @@ impl Console {
             if part.is_empty() || memory.write_slice(part, buffer.address).is_err() {
                 break;
             }
-            done += part.len();
+            done = done.saturating_add(part.len());
         }
         done
     }
@@ -236,8 +236,8 @@ impl Console {
         let mut bytes = [0u8; STEP];
         for buffer in &chain.readable {
             let length = u64::from(buffer.length);
-            if skip >= length {
-                skip -= length;
+            if let Some(behind) = skip.checked_sub(length) {
+                skip = behind;
                 continue;
             }
             let mut at = skip;
@@ -250,7 +250,9 @@ impl Console {
                 if *budget == 0 {
                     return Sent::BudgetSpent;
                 }
-                let step = usize::try_from(length - at).unwrap_or(STEP).min(STEP);
+                let step = usize::try_from(length.saturating_sub(at))
+                    .unwrap_or(STEP)
+                    .min(STEP);
                 let part = bytes.get_mut(..step).unwrap_or_default();
                 let address = vm_memory::Address::checked_add(&buffer.address, at);
                 if address.is_none_or(|address| memory.read_slice(part, address).is_err()) {
@@ -260,7 +262,7 @@ impl Console {
                 match self.backend.write(part) {
                     None => return Sent::BackendFull,
                     Some(count) => {
-                        at += count as u64;
+                        at = at.saturating_add(count as u64);
                         self.sent = self.sent.saturating_add(count as u64);
                         *budget = budget.saturating_sub(count as u64);
                     }

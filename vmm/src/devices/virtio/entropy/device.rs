@@ -80,7 +80,7 @@ fn fill(chain: &Chain, memory: &GuestMemoryMmap) -> io::Result<u32> {
         if part.is_empty() && rest.is_empty() || memory.write_slice(part, buffer.address).is_err() {
             break;
         }
-        written += part.len() as u32;
+        written = written.saturating_add(part.len() as u32);
         rest = behind;
     }
     Ok(written)
