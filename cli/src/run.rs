@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use picovm_engine::{
-    Container, ContainerExit, ContainerOptions, Interruption, Stdio, Store, TemplateSpec, Wake,
+    Container, ContainerExit, ContainerOptions, Interruption, Stdio, Store, TemplateSpec, Wake, printable,
 };
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
@@ -116,7 +116,11 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     };
     let exit = container.attach(stdio, &mut interrupted)?;
     if let ContainerExit::NotStarted(failure) = &exit {
-        eprintln!("picovm: cannot {}: {}", failure.attempted, failure.message);
+        eprintln!(
+            "picovm: cannot {}: {}",
+            printable(&failure.attempted),
+            printable(&failure.message)
+        );
     }
     Ok(ExitCode::from(if timed_out {
         TIMED_OUT

@@ -25,6 +25,7 @@ pub mod messages;
 #[cfg(not(fuzzing))]
 mod messages;
 mod pool;
+mod printable;
 mod scheduling;
 mod session;
 mod store;
@@ -41,6 +42,7 @@ pub use messages::Parking;
 pub use picovm_guest_protocol::{ContainerExit, StartFailure};
 pub use picovm_rootfs::image::Progress as ImageProgress;
 pub use pool::{POOL_MAX, Pool, PooledContainer, VMM_VARIABLE};
+pub use printable::{printable, printable_lines};
 pub use scheduling::Prompt;
 pub use session::{Event, Session};
 pub use store::Store;

@@ -4,5 +4,8 @@
 //!
 //! `docs/attacks.md` lists them. They need KVM; `make test` runs them in the emulated host where there is none.
 
+mod container;
 mod harness;
 mod hostile_init;
+mod others;
+mod table;

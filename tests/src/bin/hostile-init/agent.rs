@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 
 use crate::After;
-use crate::driver::{BUFFERS, CONSOLE, Device, VERSION_1};
+use crate::driver::{BUFFERS, CONSOLE, Device, TRANSMIT, VERSION_1};
 use crate::machine::{Machine, PAGE};
 use crate::random::Random;
 
@@ -140,8 +140,8 @@ impl Agent {
 
     /// More output than there is credit for.
     pub fn overdraw(&self) -> After {
-        for _ in 0..=INITIAL_CREDIT as usize / DATA_MAX {
-            self.send(&Frame::Data(Stream::Stderr, vec![b'x'; DATA_MAX]));
+        for _ in 0..=INITIAL_CREDIT as usize / DATA_MAX * 2 {
+            self.send(&Frame::Data(Stream::Stdout, vec![b'x'; DATA_MAX]));
         }
         After::Whole
     }
@@ -216,8 +216,6 @@ impl Agent {
 
 /// Says how the container ended through a console that no driver of the kernel holds any more.
 pub fn say_last(machine: &Machine, frame: &Frame) -> Result<()> {
-    /// Queue of port 0 from the guest.
-    const TRANSMIT: u64 = 1;
     let mut bytes = Vec::new();
     frame.encode(&mut bytes).map_err(Error::other)?;
     let console = Device::new(machine, CONSOLE);

@@ -5,7 +5,8 @@ use crate::machine::{Machine, PAGE, WINDOWS};
 pub const CONSOLE: u64 = 0;
 pub const ENTROPY: u64 = 1;
 pub const DISK: u64 = 2;
-pub const DEVICES: [u64; 3] = [CONSOLE, ENTROPY, DISK];
+/// The console last: what goes wrong there may end the container.
+pub const DEVICES: [u64; 3] = [ENTROPY, DISK, CONSOLE];
 
 pub const STATUS: u64 = 0x070;
 pub const NOTIFY: u64 = 0x050;
@@ -16,6 +17,9 @@ pub const DESCRIPTORS: u64 = 0x080;
 pub const AVAILABLE: u64 = 0x090;
 pub const USED: u64 = 0x0a0;
 pub const CONFIGURATION: u64 = 0x100;
+
+/// Queue of the console that leads to the host.
+pub const TRANSMIT: u64 = 1;
 
 /// Flags of a descriptor (2.7.5).
 pub const NEXT: u16 = 1;

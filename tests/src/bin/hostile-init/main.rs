@@ -60,6 +60,20 @@ fn live() -> std::io::Result<()> {
     let agent = Agent::open()?;
     ports::take_privilege(&machine)?;
     trap::base(&machine);
+    // Where a test boots this without a container to come.
+    let command_line = std::fs::read_to_string("/proc/cmdline")?;
+    match command_line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("hostile="))
+    {
+        Some("no-memory") => trap::freeze_without_memory(&machine),
+        Some("endless-work") => {
+            queues::prepare_endless_work(&machine);
+            trap::freeze(&machine);
+            kernel::be_silent();
+        }
+        _ => {}
+    }
     let identity = loop {
         trap::freeze(&machine);
         match Identity::decode(&machine.identity()) {

@@ -170,11 +170,11 @@ pub fn storm(random: &mut Random) -> After {
         (0..width).any(|byte| port.wrapping_add(byte as u16) == KEYBOARD)
             || port == KEYBOARD && value & 0xff == u32::from(RESET)
     };
-    for port in (0..=u16::MAX).step_by(7) {
+    for port in (0..=u16::MAX).step_by(61) {
         read(port, random.one_of(&[1, 2, 4]));
     }
-    let mut page = vec![0; 4096];
-    for _ in 0..10_000 {
+    let mut page = vec![0; 128];
+    for _ in 0..4000 {
         let port = match random.below(4) {
             0 => random.next() as u16,
             1 => random.one_of(&[0x60, KEYBOARD, 0x70, 0x71, 0x80]),
@@ -202,10 +202,14 @@ pub fn flood_console(random: &mut Random) -> After {
     for (register, value) in [(3, 3), (4, 0), (1, 0)] {
         write(SERIAL + register, 1, value);
     }
-    let mut page = vec![0; 4096];
-    for _ in 0..1024 {
-        random.fill(&mut page);
-        write_string(SERIAL, &page);
+    // Each byte is an exit, or each four: several times what is kept of it, at a pace that a software KVM bears.
+    let mut part = vec![0; 512];
+    for _ in 0..8 {
+        random.fill(&mut part);
+        write_string(SERIAL, &part);
+        for _ in 0..1000 {
+            write(SERIAL, 4, random.next() as u32);
+        }
     }
     After::Whole
 }

@@ -6,13 +6,15 @@ use std::time::{Duration, Instant};
 
 use crate::After;
 use crate::driver::{
-    BUFFERS, DEVICES, DISK, Device, ENTROPY, EVENT_INDEX, NEXT, QUEUE_READY, QUEUE_SELECT, QUEUE_SIZE,
-    STATUS, VERSION_1, WRITE,
+    BUFFERS, CONSOLE, DEVICES, DISK, Device, ENTROPY, EVENT_INDEX, NEXT, QUEUE_READY, QUEUE_SELECT,
+    QUEUE_SIZE, STATUS, TRANSMIT, VERSION_1, WRITE,
 };
 use crate::machine::{Machine, PAGE};
 use crate::random::Random;
 
-const ROUNDS: usize = 12;
+const ROUNDS: usize = 8;
+/// Queue of the console from which it takes messages about ports.
+const CONTROL: u64 = 3;
 /// Port of the console as a queue of its own, and everything as one with ports.
 const FEATURES: [u64; 4] = [
     VERSION_1,
@@ -21,21 +23,24 @@ const FEATURES: [u64; 4] = [
     VERSION_1 | EVENT_INDEX | 2,
 ];
 
-/// Brings every device up some times; fills its queues by `fill`, and notifies them.
+/// Brings every device up some times; fills its queues by `fill`, and notifies them. The queue that leads to the host comes
+/// last: what it sends is no frame, and ends the container.
 fn each(machine: &Machine, random: &mut Random, mut fill: impl FnMut(&Device, u64, &mut Random)) -> After {
-    for _ in 0..ROUNDS {
+    for round in 0..ROUNDS {
         for slot in DEVICES {
             let device = Device::new(machine, slot);
-            let features = if slot == 0 {
+            let features = if slot == CONSOLE {
                 random.one_of(&FEATURES)
             } else {
                 random.one_of(&FEATURES[..2])
             };
             device.bring_up(features);
-            for queue in 0..device.queues() {
+            let queues = (0..device.queues())
+                .filter(|queue| round + 2 >= ROUNDS || (slot, *queue) != (CONSOLE, TRANSMIT));
+            for queue in queues.clone() {
                 fill(&device, queue, random);
             }
-            for queue in 0..device.queues() {
+            for queue in queues {
                 device.notify(queue);
             }
         }
@@ -197,15 +202,14 @@ pub fn wrapped_indices(machine: &Machine, random: &mut Random) -> After {
             }
         }
     });
-    // All the way round, one by one and in leaps of a whole queue.
-    let entropy = Device::new(machine, ENTROPY);
-    entropy.bring_up(VERSION_1);
-    let address = machine.address(BUFFERS);
-    entropy.descriptor(0, 0, address, 8, WRITE, 0);
-    let size = entropy.largest();
+    // All the way round, in leaps of a whole queue: messages to the console that say nothing.
+    let console = Device::new(machine, CONSOLE);
+    console.bring_up(VERSION_1 | 2);
+    console.descriptor(CONTROL, 0, machine.address(BUFFERS + 8), 8, 0, 0);
+    let size = console.largest();
     for turn in 1..=(u32::from(u16::MAX) + 1) / u32::from(size) + 3 {
-        entropy.offer(0, (turn * u32::from(size)) as u16);
-        entropy.notify(0);
+        console.offer(CONTROL, (turn * u32::from(size)) as u16);
+        console.notify(CONTROL);
     }
     After::Devices
 }
@@ -382,4 +386,22 @@ pub fn concurrent_mutation(machine: &Machine, random: &mut Random) -> After {
         let _ = other.join();
     }
     After::Devices
+}
+
+/// A request to the disk that waits, of a disk whose sectors each hold an available ring with one more entry, and the header
+/// of the request for the next sector: work that feeds itself.
+pub fn prepare_endless_work(machine: &Machine) {
+    const RING: u32 = 496;
+    let disk = Device::new(machine, DISK);
+    disk.begin(VERSION_1);
+    disk.clear(0);
+    disk.set_up(0, 16, disk.usual(0));
+    let header = disk.request(BUFFERS, 0, 0, 0);
+    let [_, available, _] = disk.usual(0);
+    disk.descriptor(0, 0, header, 16, NEXT, 1);
+    disk.descriptor(0, 1, available, RING, NEXT | WRITE, 2);
+    disk.descriptor(0, 2, header, 512 - RING, NEXT | WRITE, 3);
+    disk.descriptor(0, 3, header + 16, 1, WRITE, 0);
+    disk.set(STATUS, 15);
+    disk.offer(0, 1);
 }

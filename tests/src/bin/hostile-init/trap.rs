@@ -65,7 +65,7 @@ pub fn storm(machine: &Machine, random: &mut Random) -> After {
         1 << 52,
         7,
     ];
-    for _ in 0..5000 {
+    for _ in 0..2500 {
         let width = random.one_of(&[1, 2, 4, 8]);
         let offset = match random.below(4) {
             0 => random.below(PAGE - 8),
@@ -80,4 +80,20 @@ pub fn storm(machine: &Machine, random: &mut Random) -> After {
         machine.peek(offset, width);
     }
     After::Whole
+}
+
+/// The freeze point, with an identity area that is in no memory.
+pub fn freeze_without_memory(machine: &Machine) -> ! {
+    machine.poke(IDENTITY_RESET, 4, 0);
+    for place in [
+        machine.ram_end(),
+        0xd000_0000,
+        0xfee0_0000,
+        1 << 52,
+        u64::MAX - PAGE + 1,
+    ] {
+        machine.poke(IDENTITY_PAGE, 8, place);
+    }
+    machine.poke(FREEZE, 4, 0);
+    power_off(machine)
 }
