@@ -240,7 +240,7 @@ pub fn attack(
     };
     let stderr = reader(child.stderr.take().unwrap(), true);
     let (mut own, mut guests) = (0, 0);
-    let mut sampled = Instant::now();
+    let mut next_look = begun + Duration::from_millis(40);
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break status;
@@ -250,12 +250,13 @@ pub fn attack(
             child.wait().unwrap();
             panic!("the VMM hangs: {arguments:?}, {}", text(stderr));
         }
-        if sampled.elapsed() > Duration::from_millis(200) {
+        if Instant::now() > next_look {
             if let Some((now, guest)) = memory_of(child.id()) {
                 own = own.max(now);
                 guests = guests.max(guest);
             }
-            sampled = Instant::now();
+            // Often while it is short, as most are.
+            next_look = Instant::now() + (begun.elapsed() / 8).max(Duration::from_millis(40));
         }
         std::thread::sleep(Duration::from_millis(10));
     };
@@ -292,6 +293,7 @@ pub fn attack(
         let acts = |c: char| c.is_control() && c != '\n';
         assert!(!ended.stderr.contains(acts), "{ended:?}");
     }
+    assert!(own > 0, "the memory of the VMM was never seen: {ended:?}");
     assert!(
         ended.own <= OWN_MAX,
         "the VMM took {} bytes beside its guest's memory, and {OWN_MAX} are allowed: {arguments:?}",

@@ -110,6 +110,7 @@ attacks! {
     configuration_out_of_range: "configuration-out-of-range", 1, GoesOn;
     a_storm_of_device_accesses: "mmio-storm", 1, GoesOnOr(NO_FRAMES);
     code_in_device_registers: "code-in-registers", 1, Any;
+    every_instruction_on_device_registers: "instructions-on-registers", 1, Any;
     random_values_in_the_interrupt_controllers: "interrupt-controllers", 2, Any;
 
     a_storm_of_port_accesses: "port-storm", 2, GoesOn;
@@ -125,15 +126,15 @@ attacks! {
 
     garbage_from_the_agent: "protocol-garbage", 3, Ends("the clone's agent broke the protocol");
     a_frame_that_is_cut_off: "protocol-cut-off", 1, Ends("it powered itself off");
-    frames_that_only_the_host_may_send: "protocol-of-the-host", 8, Ends("the clone's agent");
+    frames_that_only_the_host_may_send: "protocol-of-the-host", 6, Ends("the clone's agent");
     a_frame_of_four_gibibytes: "protocol-too-long", 1, Ends("broke the protocol");
     output_beyond_its_credit: "credit-overdrawn", 1, Ends("sent more than it may"), output: Output::Stalled;
     frames_byte_by_byte: "drip", 2, GoesOn;
     a_reason_that_a_terminal_would_obey: "terminal-escapes", 1, NotStarted("\\u{1b}[31mred\\u{9b}1m\\n");
     silence: "silence", 1, TimesOut, limit: Some(2);
-    input_that_is_paid_for_and_never_taken: "credit-never-given", 1, Any, options: &["-i"], input: Input::Endless;
+    input_that_is_paid_for_and_never_taken: "credit-never-given", 1, GoesOnOr("sent more than it may"), options: &["-i"], input: Input::Endless;
     a_flood_of_frames: "flood-of-frames", 1, GoesOn;
-    a_flood_of_frames_whose_answers_are_not_read: "flood-unread", 1, Any, output: Output::Closed;
+    a_flood_of_frames_whose_answers_are_not_read: "flood-unread", 1, GoesOnOr("sent more than it may"), output: Output::Closed;
 
     a_kernel_panic: "kernel-panic", 1, Ends("it reset itself");
     a_reboot: "reboot", 1, Ends("it reset itself");

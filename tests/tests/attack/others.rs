@@ -117,7 +117,7 @@ fn garbage_to_the_agent() {
         exit,
         vec![4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
         vec![11, 0, 0, 0, 1, 0, 0],
-        input.repeat(9),
+        input.repeat(12),
     ] {
         let (outcome, _) = told(&template, &bytes);
         assert_eq!(outcome, Some(Outcome::PowerOff));
@@ -191,5 +191,19 @@ fn a_template_with_work_without_end() {
         assert!(requests.unwrap() > 256, "{requests:?}");
         drop(clone);
         assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
+    }
+}
+
+/// Whatever was done in their clones before this: every template of the store is, byte by byte, what was frozen.
+#[test]
+fn templates_are_as_they_were_frozen() {
+    for guest in [Guest::HostileInit, Guest::Container] {
+        the_neighbour_is_whole(guest);
+    }
+    let templates = store().store.templates().unwrap();
+    // Of each guest its base, and the image's.
+    assert!(templates.len() >= 4, "{templates:?}");
+    for template in templates {
+        Template::open(&template.path).unwrap().verify_memory().unwrap();
     }
 }

@@ -120,13 +120,13 @@ impl Agent {
     }
 
     /// What only the host may say.
-    pub fn frames_of_the_host(&self, random: &mut Random) -> After {
-        self.send(&match random.below(6) {
-            0 => Frame::Spec(ContainerSpec::default()),
-            1 => Frame::Signal(9),
-            2 => Frame::Close(Stream::Stdin),
-            3 => Frame::Data(Stream::Stdin, b"input".to_vec()),
-            4 => Frame::Credit(Stream::Stdout, 1),
+    pub fn frames_of_the_host(&self, which: u64) -> After {
+        self.send(&match which {
+            1 => Frame::Spec(ContainerSpec::default()),
+            2 => Frame::Signal(9),
+            3 => Frame::Close(Stream::Stdin),
+            4 => Frame::Data(Stream::Stdin, b"input".to_vec()),
+            5 => Frame::Credit(Stream::Stdout, 1),
             _ => Frame::Credit(Stream::Stdin, u32::MAX),
         });
         After::Whole
@@ -172,20 +172,17 @@ impl Agent {
         After::Whole
     }
 
-    /// Output of no bytes and of one, each of which the host would answer, while nothing of the answers is read.
+    /// Output of no bytes and then of one, each of which the host would answer, while nothing of the answers is read.
     pub fn flood_unread(&self) -> After {
-        let mut bytes = Vec::new();
-        while bytes.len() < 256 << 10 {
-            for _ in 0..8 {
-                let _ = Frame::Data(Stream::Stdout, Vec::new()).encode(&mut bytes);
+        for length in [0, 1] {
+            let mut bytes = Vec::new();
+            while bytes.len() < 128 << 10 {
+                let _ = Frame::Data(Stream::Stdout, vec![b'x'; length]).encode(&mut bytes);
             }
-        }
-        for _ in 0..1000 {
-            self.send(&Frame::Data(Stream::Stdout, vec![b'x']));
-        }
-        let end = Instant::now() + FLOOD;
-        while Instant::now() < end {
-            self.send_bytes(&bytes);
+            let end = Instant::now() + FLOOD / 2;
+            while Instant::now() < end {
+                self.send_bytes(&bytes);
+            }
         }
         After::Whole
     }

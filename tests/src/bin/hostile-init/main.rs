@@ -6,6 +6,7 @@
 
 mod agent;
 mod driver;
+mod instructions;
 mod kernel;
 mod machine;
 mod ports;
@@ -39,6 +40,7 @@ struct Attacker {
     machine: Machine,
     agent: Agent,
     random: Random,
+    seed: u64,
 }
 
 fn main() {
@@ -94,6 +96,7 @@ fn live() -> std::io::Result<()> {
         machine,
         agent,
         random: Random::new(seed),
+        seed,
     };
     let (code, after) = attack(name, &mut attacker);
     let exit = Frame::Exit(picovm_guest_protocol::ContainerExit::Code(code));
@@ -111,6 +114,7 @@ fn attack(name: &str, attacker: &mut Attacker) -> (u8, After) {
         machine,
         agent,
         random,
+        seed,
     } = attacker;
     let after = match name {
         // What making a template tries.
@@ -138,6 +142,7 @@ fn attack(name: &str, attacker: &mut Attacker) -> (u8, After) {
         "configuration-out-of-range" => registers::configuration_out_of_range(machine, random),
         "mmio-storm" => registers::storm(machine, random),
         "code-in-registers" => registers::execute(machine, random),
+        "instructions-on-registers" => instructions::all(machine),
         "interrupt-controllers" => registers::interrupt_controllers(machine, random),
 
         "port-storm" => ports::storm(random),
@@ -153,7 +158,7 @@ fn attack(name: &str, attacker: &mut Attacker) -> (u8, After) {
 
         "protocol-garbage" => agent.garbage(random),
         "protocol-cut-off" => agent.cut_off(),
-        "protocol-of-the-host" => agent.frames_of_the_host(random),
+        "protocol-of-the-host" => agent.frames_of_the_host(*seed),
         "protocol-too-long" => agent.too_long(),
         "credit-overdrawn" => agent.overdraw(),
         "credit-never-given" => agent.hoard_input(),
