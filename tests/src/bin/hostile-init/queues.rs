@@ -375,7 +375,7 @@ pub fn concurrent_mutation(machine: &Machine, random: &mut Random) -> After {
         let limit = Instant::now() + Duration::from_millis(700);
         let mut turns = 0u64;
         while Instant::now() < limit {
-            if turns % 64 == 0 {
+            if turns.is_multiple_of(64) {
                 device.bring_up(random.one_of(&FEATURES[..2]));
             }
             device.notify(random.below(device.queues()));

@@ -108,7 +108,7 @@ fn fill(device: &Device, queue: u64) {
     for index in 0..size {
         let address = device.machine.address(BUFFERS + usize::from(index) % 8);
         // What goes to the host are frames that say nothing: the end of standard output, again and again.
-        let flags = if queue % 2 == 0 { WRITE } else { 0 };
+        let flags = if queue.is_multiple_of(2) { WRITE } else { 0 };
         if flags == 0 {
             let page = BUFFERS + usize::from(index) % 8;
             device
