@@ -119,9 +119,18 @@ pub enum EngineError {
         /// Where it was looked for.
         looked: Vec<PathBuf>,
     },
-    /// A VMM process of a pool failed.
-    #[error("a clone of the pool failed: {0}")]
+    /// A VMM process failed, for the reason that it told.
+    #[error("{0}")]
     Vmm(String),
+    /// A process with more than one thread cannot be forked into a VMM process.
+    #[error(
+        "a VMM process cannot be forked by a process with {threads} threads: start the container from a pool, \
+         which has a process for that"
+    )]
+    Threads {
+        /// How many it has.
+        threads: usize,
+    },
     /// One of the clones whose density is measured failed.
     #[error("cannot {attempted} clone {number} of {clones}: {reason}")]
     Numbered {

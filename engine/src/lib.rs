@@ -25,6 +25,7 @@ pub mod messages;
 #[cfg(not(fuzzing))]
 mod messages;
 mod pool;
+mod running;
 mod scheduling;
 mod session;
 mod store;
@@ -40,7 +41,8 @@ pub use images::Image;
 pub use messages::Parking;
 pub use picovm_guest_protocol::{ContainerExit, StartFailure};
 pub use picovm_rootfs::image::Progress as ImageProgress;
-pub use pool::{POOL_MAX, Pool, PooledContainer, VMM_VARIABLE};
+pub use pool::{POOL_MAX, Pool, VMM_VARIABLE};
+pub use running::RunningContainer;
 pub use scheduling::Prompt;
 pub use session::{Event, Session};
 pub use store::Store;
