@@ -21,6 +21,7 @@ mod report;
 mod rounds;
 mod scaling;
 mod start;
+mod targets;
 mod workspace;
 
 use std::path::PathBuf;
@@ -102,6 +103,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
             arguments.only.join(",")
         );
     }
+    report.targets = targets::judge(&report);
     print!("{}", report.table());
     report
         .write(&arguments.json)

@@ -8,6 +8,7 @@ use picovm_engine::figures::{median, percentile};
 use serde::{Deserialize, Serialize};
 
 use crate::host;
+use crate::targets::{self, Target};
 use crate::workspace::Workspace;
 
 /// What a figure counts.
@@ -60,6 +61,8 @@ pub struct Report {
     pub curves: BTreeMap<String, Vec<[f64; 2]>>,
     /// What a start consists of: by its name, the steps of the clone path in order with the milliseconds of each.
     pub steps: BTreeMap<String, Vec<(String, f64)>>,
+    /// What picovm wants of itself, and what became of it.
+    pub targets: Vec<Target>,
 }
 
 impl Report {
@@ -78,6 +81,7 @@ impl Report {
             measures: Vec::new(),
             curves: BTreeMap::new(),
             steps: BTreeMap::new(),
+            targets: Vec::new(),
         })
     }
 
@@ -146,6 +150,7 @@ impl Report {
                 measure.name, measure.median, measure.p99, measure.n
             ));
         }
+        table.push_str(&targets::table(&self.targets));
         for failure in &self.failures {
             table.push_str(&format!(
                 "failed: {}\n",
@@ -176,6 +181,7 @@ impl Report {
             measures: Vec::new(),
             curves: BTreeMap::new(),
             steps: BTreeMap::new(),
+            targets: Vec::new(),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use picovm_engine::figures::ms;
-use picovm_engine::{ContainerExit, ContainerOptions, Parking, Pool, PooledContainer};
+use picovm_engine::{ContainerExit, ContainerOptions, Parking, Pool, RunningContainer};
 use picovm_vmm::Template;
 
 use crate::clones;
@@ -159,7 +159,7 @@ fn one_after_the_other(template: &Template, starts: u32) -> anyhow::Result<[f64;
     Ok([1e3 / each, each])
 }
 
-fn begin(pool: &mut Pool) -> anyhow::Result<(PooledContainer, std::io::PipeReader)> {
+fn begin(pool: &mut Pool) -> anyhow::Result<(RunningContainer, std::io::PipeReader)> {
     let null = std::fs::File::open("/dev/null")?;
     let (output, theirs) = std::io::pipe()?;
     let streams = [null.as_fd(), theirs.as_fd(), theirs.as_fd()];
@@ -167,7 +167,7 @@ fn begin(pool: &mut Pool) -> anyhow::Result<(PooledContainer, std::io::PipeReade
     Ok((container, output))
 }
 
-fn finish(container: PooledContainer, mut output: std::io::PipeReader) -> anyhow::Result<()> {
+fn finish(container: RunningContainer, mut output: std::io::PipeReader) -> anyhow::Result<()> {
     let mut bytes = Vec::new();
     output.read_to_end(&mut bytes)?;
     check_output(&bytes)?;

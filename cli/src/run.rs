@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -12,9 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::Context;
-use picovm_engine::{
-    Container, ContainerExit, ContainerOptions, Interruption, Stdio, Store, TemplateSpec, Wake, printable,
-};
+use picovm_engine::{ContainerExit, ContainerOptions, RunningContainer, Store, TemplateSpec, printable};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use crate::arguments::RunOptions;
@@ -69,15 +67,18 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     };
     let template = store.template(&spec, &mut |progress| eprintln!("picovm: {progress}"))?;
 
-    // From here on a Ctrl-C is the container's.
-    let signals = Signals::watch()?;
     let console_log = match &options.console_log {
         Some(path) => Some(
             File::create(path).with_context(|| format!("cannot write the console log {}", path.display()))?,
         ),
         None => None,
     };
-    let container = Container::start(
+    let streams = [
+        rustix::stdio::stdin(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stderr(),
+    ];
+    let container = RunningContainer::start(
         &template,
         &ContainerOptions {
             args: options.command.clone(),
@@ -88,33 +89,36 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
             stdin: options.interactive,
             console_log,
         },
+        streams,
     )?;
+    // From here on a Ctrl-C is the container's. Its VMM process has none of these handlers.
+    let signals = Signals::watch()?;
 
     let deadline = options
         .timeout
         .and_then(|timeout| Instant::now().checked_add(timeout));
     let mut interrupts = 0;
     let mut timed_out = false;
-    let mut interrupted = |wake: Wake| match wake {
-        Wake::Deadline => {
-            timed_out = true;
-            Some(Interruption::Kill(SIGKILL as u8))
-        }
-        Wake::Descriptor => signals.take().map(|signal| {
-            interrupts += u32::from(i32::from(signal) == SIGINT);
-            if interrupts >= PATIENCE {
-                Interruption::Kill(SIGKILL as u8)
-            } else {
-                Interruption::Signal(signal)
+    loop {
+        match wait(&container, &signals, deadline.filter(|_| !timed_out))? {
+            Wake::Ended => break,
+            Wake::Deadline => {
+                timed_out = true;
+                // One that has ended meanwhile needs no signal.
+                let _ = container.kill(SIGKILL as u8);
             }
-        }),
-    };
-    let stdio = Stdio {
-        wake: Some(signals.wake.as_fd()),
-        deadline,
-        ..Stdio::inherit()
-    };
-    let exit = container.attach(stdio, &mut interrupted)?;
+            Wake::Signal => {
+                let Some(signal) = signals.take() else { continue };
+                interrupts += u32::from(i32::from(signal) == SIGINT);
+                let _ = if interrupts >= PATIENCE {
+                    container.kill(SIGKILL as u8)
+                } else {
+                    container.signal(signal)
+                };
+            }
+        }
+    }
+    let exit = container.wait()?;
     if let ContainerExit::NotStarted(failure) = &exit {
         eprintln!(
             "picovm: cannot {}: {}",
@@ -127,6 +131,41 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     } else {
         exit.shell_status()
     }))
+}
+
+/// Why a wait for a container is over.
+enum Wake {
+    Ended,
+    Signal,
+    Deadline,
+}
+
+/// Waits until the container has ended, a signal came, or the deadline has passed.
+fn wait(container: &RunningContainer, signals: &Signals, deadline: Option<Instant>) -> anyhow::Result<Wake> {
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.map(|left| Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(left.subsec_nanos()),
+        });
+        let mut fds = [
+            PollFd::new(container, PollFlags::IN),
+            PollFd::new(&signals.wake, PollFlags::IN),
+        ];
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(0) => return Ok(Wake::Deadline),
+            Ok(_) => {
+                let [container, _] = fds;
+                return Ok(if container.revents().is_empty() {
+                    Wake::Signal
+                } else {
+                    Wake::Ended
+                });
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error).context("cannot wait for the container"),
+        }
+    }
 }
 
 /// `NAME=value` as it is, and `NAME` with its value here if it has one, as Docker has it.

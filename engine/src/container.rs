@@ -161,8 +161,8 @@ impl Container {
         let mut identified = Identified::new(template, options.request())?;
         let machine = template.fork(ForkOptions {
             identity: std::mem::take(&mut identified.identity),
-            disks: Vec::new(),
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
+            ..ForkOptions::default()
         })?;
         if let Some(set) = template.working_set() {
             set.populate_written(machine.memory());

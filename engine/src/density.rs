@@ -15,7 +15,8 @@ use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::figures::ms;
 use crate::messages::Parking;
-use crate::pool::{POOL_MAX, Pool, PooledContainer, wait_readable};
+use crate::pool::{POOL_MAX, Pool, wait_readable};
+use crate::running::RunningContainer;
 use crate::scheduling::Prompt;
 
 /// Lets freed memory come back and work of the host's kernel end.
@@ -222,7 +223,7 @@ fn limit(clones: usize) -> Duration {
 
 /// A container that waits for a line.
 struct Live {
-    container: PooledContainer,
+    container: RunningContainer,
     question: PipeWriter,
     answer: PipeReader,
 }

@@ -8,7 +8,7 @@ use picovm_guest_protocol::{ContainerExit, FrameError};
 use picovm_rootfs::image::ImageError;
 use picovm_vmm::{MachineError, TemplateError};
 
-use crate::printable::{printable, printable_lines};
+use crate::printable::{printable, printable_lines, printable_text};
 
 /// Why the engine could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -121,9 +121,18 @@ pub enum EngineError {
         /// Where it was looked for.
         looked: Vec<PathBuf>,
     },
-    /// A VMM process of a pool failed.
-    #[error("a clone of the pool failed: {}", printable_lines(.0).trim_start())]
+    /// A VMM process failed, for the reason that it told.
+    #[error("{}", printable_text(.0))]
     Vmm(String),
+    /// A process with more than one thread cannot be forked into a VMM process.
+    #[error(
+        "a VMM process cannot be forked by a process with {threads} threads: start the container from a pool, \
+         which has a process for that"
+    )]
+    Threads {
+        /// How many it has.
+        threads: usize,
+    },
     /// One of the clones whose density is measured failed.
     #[error("cannot {attempted} clone {number} of {clones}: {reason}")]
     Numbered {

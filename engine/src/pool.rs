@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::Template;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
+use crate::running::RunningContainer;
 
 /// Environment variable that names another `picovm-vmm`.
 pub const VMM_VARIABLE: &str = "PICOVM_VMM";
@@ -169,7 +169,7 @@ impl Pool {
         &mut self,
         options: &ContainerOptions,
         streams: [BorrowedFd<'_>; 3],
-    ) -> Result<PooledContainer, EngineError> {
+    ) -> Result<RunningContainer, EngineError> {
         let start = options.request();
         let message = ToVmm::Start {
             spec: start.spec,
@@ -184,7 +184,7 @@ impl Pool {
                 continue;
             };
             match messages::send(&vmm.socket, &message, &streams) {
-                Ok(()) => return Ok(PooledContainer { socket: vmm.socket }),
+                Ok(()) => return Ok(RunningContainer::of_pool(vmm.socket)),
                 // A parked clone whose process was killed: the next one will do.
                 Err(error)
                     if matches!(
@@ -208,51 +208,6 @@ impl Drop for Pool {
 
 /// How long a request waits for a clone to be parked.
 const PARKING_MAX: Duration = Duration::from_secs(30);
-
-/// A container that was started from a pool. Dropping it ends it.
-pub struct PooledContainer {
-    socket: UnixStream,
-}
-
-impl PooledContainer {
-    /// Delivers a signal to the container.
-    ///
-    /// # Errors
-    /// [`EngineError::Host`] if its VMM process has ended.
-    pub fn signal(&self, signal: u8) -> Result<(), EngineError> {
-        messages::send(&self.socket, &ToVmm::Signal(signal), &[]).map_err(failed("signal a container"))
-    }
-
-    /// Ends the container's clone at once; it counts as ended by this signal.
-    ///
-    /// # Errors
-    /// [`EngineError::Host`] if its VMM process has ended.
-    pub fn kill(&self, signal: u8) -> Result<(), EngineError> {
-        messages::send(&self.socket, &ToVmm::Kill(signal), &[]).map_err(failed("end a container"))
-    }
-
-    /// Waits until the container has ended and every byte of its output is out.
-    ///
-    /// # Errors
-    /// [`EngineError::Vmm`] if its clone ended before it told how the container did.
-    pub fn wait(self) -> Result<ContainerExit, EngineError> {
-        match messages::receive(&self.socket) {
-            Ok(Some((FromVmm::Exit(exit), _))) => Ok(exit),
-            Ok(Some((FromVmm::Failed(reason), _))) => Err(EngineError::Vmm(reason)),
-            Ok(Some((FromVmm::Parked, _)) | None) => {
-                Err(EngineError::Vmm("its VMM process has ended".into()))
-            }
-            Err(error) => Err(EngineError::Vmm(error.to_string())),
-        }
-    }
-}
-
-impl AsFd for PooledContainer {
-    /// Readable when the container has ended.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
 
 /// Waits until a descriptor is readable; [`io::ErrorKind::TimedOut`] if it is not by then.
 pub(crate) fn wait_readable(source: &impl AsFd, timeout: Duration) -> io::Result<()> {

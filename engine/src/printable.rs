@@ -59,17 +59,27 @@ pub fn printable(text: &str) -> String {
     out
 }
 
+/// A text of lines, likewise: lines stay lines.
+#[must_use]
+pub fn printable_text(text: &str) -> String {
+    lines(text, "")
+}
+
 /// A text of lines, likewise, each set off by two spaces from what picovm says itself.
 #[must_use]
 pub fn printable_lines(text: &str) -> String {
+    lines(text, "  ")
+}
+
+fn lines(text: &str, before: &str) -> String {
     let (text, rest) = shown(text.trim_end());
     let mut out = String::with_capacity(text.len());
-    // A serial console ends its lines by both.
-    for line in text.split('\n') {
-        if !out.is_empty() {
+    for (number, line) in text.split('\n').enumerate() {
+        if number > 0 {
             out.push('\n');
         }
-        out.push_str("  ");
+        out.push_str(before);
+        // A serial console ends its lines by both.
         escape(line.strip_suffix('\r').unwrap_or(line), &mut out);
     }
     out.push_str(rest);
@@ -105,6 +115,12 @@ mod tests {
             printable_lines("one\r\ntwo\rpicovm: all is well\n\x1b[2Jthree\n\n"),
             "  one\n  two\\rpicovm: all is well\n  \\u{1b}[2Jthree"
         );
+    }
+
+    #[test]
+    fn what_was_made_printable_before_stays_so() {
+        let once = format!("the clone ended:\n{}", printable_lines("\x1b[2J\r\nlast"));
+        assert_eq!(printable_text(&once), once);
     }
 
     #[test]

@@ -5,14 +5,15 @@
 //! who could start it.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use picovm_vmm::{ForkOptions, Template};
+use rustix::process::Pid;
 
 use crate::attach::{Interruption, Stdio};
-use crate::container::{Container, Start};
+use crate::container::{Container, ContainerOptions, Start};
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 use crate::scheduling::{self, Batch};
@@ -38,38 +39,72 @@ pub fn serve(template: &Path, control: OwnedFd) -> Result<(), EngineError> {
             return Err(error.into());
         }
     };
-    while let Some((ToServer::Fork(parking), descriptors)) =
-        messages::receive(&control).map_err(failed("receive from the pool"))?
-    {
+    let mut control = Some(control);
+    while let Some(open) = &control {
+        let Some((ToServer::Fork(parking), descriptors)) =
+            messages::receive(open).map_err(failed("receive from the pool"))?
+        else {
+            break;
+        };
         let Some(socket) = descriptors.into_iter().next() else {
             continue;
         };
-        // SAFETY: this process has one thread, so its child may do whatever it may.
-        match unsafe { libc::fork() } {
-            -1 => {
-                let error = io::Error::last_os_error();
-                let reason = format!("cannot fork a VMM process: {error}");
-                // Without the answer the pool sees that the socket is closed.
-                let _ = messages::send(&UnixStream::from(socket), &FromVmm::Failed(reason), &[]);
-            }
-            0 => {
-                drop(control);
-                be_vmm(&template, parking, &UnixStream::from(socket));
-                // SAFETY: ends this process at once; what it shares with its parent needs none of its destructors.
-                unsafe { libc::_exit(0) }
-            }
-            _ => {}
+        let socket = UnixStream::from(socket);
+        let forked = fork(|| {
+            // Its other end is how the pool notices that its server has ended.
+            control = None;
+            tell_failure(&socket, park_and_run(&template, parking, &socket));
+        });
+        if let Err(error) = forked {
+            // Without the answer the pool sees that the socket is closed.
+            let _ = messages::send(&socket, &FromVmm::Failed(error.to_string()), &[]);
         }
     }
     Ok(())
 }
 
-/// The life of a VMM process.
-fn be_vmm(template: &Template, parking: Parking, socket: &UnixStream) {
-    if let Err(error) = park_and_run(template, parking, socket) {
+/// Forks a VMM process: one that does this and ends.
+///
+/// # Errors
+/// [`EngineError::Threads`] if this process has more than one thread, whose locks would stay locked in the child;
+/// [`EngineError::Host`].
+pub(crate) fn fork(life: impl FnOnce()) -> Result<Pid, EngineError> {
+    let threads = std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
+    if threads > 1 {
+        return Err(EngineError::Threads { threads });
+    }
+    // SAFETY: this process has one thread, so its child may do whatever it may.
+    match unsafe { libc::fork() } {
+        -1 => Err(EngineError::host("fork a VMM process")(io::Error::last_os_error())),
+        0 => {
+            life();
+            // SAFETY: ends this process at once; what it shares with its parent needs none of its destructors.
+            unsafe { libc::_exit(0) }
+        }
+        child => Pid::from_raw(child)
+            .ok_or_else(|| EngineError::host("fork a VMM process")(io::ErrorKind::InvalidData.into())),
+    }
+}
+
+fn tell_failure(socket: &UnixStream, ended: Result<(), EngineError>) {
+    if let Err(error) = ended {
         // Who does not listen any more does not need to know.
         let _ = messages::send(socket, &FromVmm::Failed(error.to_string()), &[]);
     }
+}
+
+/// The life of a VMM process whose container is known when it is forked.
+pub(crate) fn run_at_once(
+    template: &Template,
+    options: &ContainerOptions,
+    streams: [BorrowedFd<'_>; 3],
+    socket: &UnixStream,
+) {
+    // Out of the terminal's process group: Ctrl-C is for who started it.
+    let _ = rustix::process::setsid();
+    let ended =
+        Container::start(template, options).and_then(|container| serve_streams(container, streams, socket));
+    tell_failure(socket, ended);
 }
 
 /// Forks a clone, parks it, and runs the container that comes, if one does.
@@ -96,7 +131,18 @@ fn park_and_run(template: &Template, parking: Parking, socket: &UnixStream) -> R
     if let (Parking::Bare, Some(set)) = (parking, template.working_set()) {
         set.populate_written(machine.memory());
     }
-    let mut container = Container::start_parked(template, machine, Start { spec, hostname })?;
+    let container = Container::start_parked(template, machine, Start { spec, hostname })?;
+    serve_streams(container, [stdin, stdout, stderr], socket)
+}
+
+/// Connects a container's streams, and tells when it has ended. The streams end with it, if they are owned: they must not stay
+/// open while the clone is torn down, which takes longer than all the rest.
+fn serve_streams<S: AsFd>(
+    mut container: Container,
+    streams: [S; 3],
+    socket: &UnixStream,
+) -> Result<(), EngineError> {
+    let [stdin, stdout, stderr] = &streams;
     let stdio = Stdio {
         stdin: stdin.as_fd(),
         stdout: stdout.as_fd(),
@@ -112,8 +158,7 @@ fn park_and_run(template: &Template, parking: Parking, socket: &UnixStream) -> R
             Ok(Some((ToVmm::Start { .. }, _)) | None) | Err(_) => Interruption::Kill(9),
         })
     })?;
-    // Its streams end with it. They must not stay open while the clone is torn down, which takes longer than all the rest.
-    drop((stdin, stdout, stderr));
+    drop(streams);
     let _ = messages::send(socket, &FromVmm::Exit(exit), &[]);
     scheduling::give_way();
     Ok(())

@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use picovm_engine::messages::{self, FromVmm, ToServer, ToVmm};
+use picovm_engine::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 use picovm_fuzz::TEMPLATE_FILES;
 use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, Identity, StartFailure, Stream};
 use picovm_vmm::WorkingSet;
@@ -123,7 +123,8 @@ fn main() -> Result<(), Anything> {
     seed("identity", "container", &identity.encode(1 << 16)?)?;
 
     for (kind, name, bytes) in [
-        (0, "fork", sent(&ToServer::Fork)?),
+        (0, "fork", sent(&ToServer::Fork(Parking::Prefaulted))?),
+        (0, "fork-bare", sent(&ToServer::Fork(Parking::Bare))?),
         (
             1,
             "start",

@@ -231,7 +231,7 @@ impl Rig {
         let saved = self.slot.state();
         let (backend, host) = connection();
         let backend = saved
-            .open_backend(&mut Some(backend), &mut std::iter::empty())
+            .open_backend(&mut Some(backend), &mut std::iter::empty(), None)
             .expect("the disk is what it was")
             .expect("every slot has a backend");
         let slot = Slot::from_state(backend, 2, self.memory.clone(), guest::line(), &saved)

@@ -36,4 +36,5 @@ pub mod working_set;
 pub use config::{Disk, MachineConfig};
 pub use machine::{Machine, MachineError, Outcome};
 pub use template::{ForkOptions, FreezeOptions, Template, TemplateError};
+pub use threads::{OnThread, ThreadKind};
 pub use working_set::WorkingSet;

@@ -42,7 +42,7 @@ use crate::devices::virtio::block::{BackendError, FileBackend};
 use crate::devices::virtio::console;
 use crate::devices::virtio::slot::{Slot, SlotBackend, SlotState};
 use crate::memory::{self, MemoryError};
-use crate::threads::{DeviceThread, ExitCounters, ExitCounts, Stop, VcpuContext, VcpuThread};
+use crate::threads::{DeviceThread, ExitCounters, ExitCounts, OnThread, Stop, VcpuContext, VcpuThread};
 use crate::vcpu::{self, Msr, MsrList, VcpuError, VcpuState};
 use crate::vm::{self, VmError, VmState};
 use crate::working_set::{self, WorkingSet};
@@ -144,8 +144,12 @@ pub struct MachineState {
 pub struct Backends {
     /// Files for the disks in order, instead of those of the saved machine.
     pub disks: Vec<PathBuf>,
+    /// By slot, what is open already: see [`SlotState::open_shared`].
+    pub shared: Vec<Option<FileBackend>>,
     /// Where console output goes.
     pub console_log: Option<File>,
+    /// Called first thing in each of its threads.
+    pub on_thread: Option<OnThread>,
     /// The file that the memory is a private mapping of, if it is.
     pub memory_file: Option<Arc<File>>,
 }
@@ -266,6 +270,7 @@ impl Machine {
             vcpus,
             clock: None,
             origin: None,
+            on_thread: None,
         };
         Self::assemble(parts)
     }
@@ -303,7 +308,11 @@ impl Machine {
         let mut slots = Vec::with_capacity(state.slots.len());
         for (index, saved) in state.slots.iter().enumerate() {
             let backend = saved
-                .open_backend(&mut backend, &mut disks)?
+                .open_backend(
+                    &mut backend,
+                    &mut disks,
+                    own.shared.get(index).and_then(Option::as_ref),
+                )?
                 .ok_or(MachineError::State("it has more than one control connection"))?;
             slots.push(Slot::from_state(
                 backend,
@@ -329,6 +338,7 @@ impl Machine {
             vcpus,
             clock: Some(state.vm.clock),
             origin: own.memory_file,
+            on_thread: own.on_thread,
         };
         Self::assemble(parts)
     }
@@ -353,10 +363,12 @@ impl Machine {
                 stopped: stopped.clone(),
                 exits: exits.clone(),
                 time,
+                on_thread: parts.on_thread.clone(),
             };
             threads.push(VcpuThread::spawn(vcpu, context).map_err(host("start a vCPU's thread"))?);
         }
-        let device_thread = DeviceThread::spawn(&devices).map_err(host("start the device thread"))?;
+        let device_thread =
+            DeviceThread::spawn(&devices, parts.on_thread).map_err(host("start the device thread"))?;
         Ok(Self {
             running: vec![false; threads.len()],
             vcpus: threads,
@@ -670,6 +682,7 @@ struct Parts {
     vcpus: Vec<(VcpuFd, Option<Vec<Msr>>)>,
     clock: Option<kvm_clock_data>,
     origin: Option<Arc<File>>,
+    on_thread: Option<OnThread>,
 }
 
 fn ioctl<T>(

@@ -34,6 +34,18 @@ pub enum Stop {
     Crash(String),
 }
 
+/// What a thread of a machine does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ThreadKind {
+    /// Runs a vCPU, and serves the devices that its guest talks to.
+    Vcpu,
+    /// Waits for what comes from the backends.
+    Device,
+}
+
+/// Called first thing in a thread of a machine. It has no way to refuse: who cannot do without what it does ends the process.
+pub type OnThread = Arc<dyn Fn(ThreadKind) + Send + Sync>;
+
 /// How often a machine's vCPUs came back to user space, by reason.
 #[derive(Debug, Default)]
 pub struct ExitCounters {
@@ -122,6 +134,8 @@ pub struct VcpuContext {
     pub exits: Arc<ExitCounters>,
     /// Time to load when it first runs; see [`VcpuState::time`].
     pub time: Option<Vec<Msr>>,
+    /// Called before anything else.
+    pub on_thread: Option<OnThread>,
 }
 
 fn kick_signal() -> i32 {
@@ -157,6 +171,7 @@ impl VcpuThread {
                     if let Err(error) = unblock_signal(kick_signal()) {
                         warn!(%error, "a pause may not reach a vCPU");
                     }
+                    begin(context.on_thread.as_ref(), ThreadKind::Vcpu);
                     serve(&mut vcpu, &mut context, &kick, &inbox);
                     let _alive = kick.alive.lock().unwrap_or_else(PoisonError::into_inner);
                     kick.immediate_exit.store(std::ptr::null_mut(), Ordering::Relaxed);
@@ -222,6 +237,13 @@ impl Drop for VcpuThread {
         {
             warn!("a vCPU's thread panicked");
         }
+    }
+}
+
+/// Calls what is to be called first in a thread.
+fn begin(on_thread: Option<&OnThread>, kind: ThreadKind) {
+    if let Some(call) = on_thread {
+        call(kind);
     }
 }
 
@@ -420,7 +442,7 @@ impl DeviceThread {
     ///
     /// # Errors
     /// As thread, epoll and eventfd creation.
-    pub fn spawn(devices: &Devices) -> std::io::Result<Self> {
+    pub fn spawn(devices: &Devices, on_thread: Option<OnThread>) -> std::io::Result<Self> {
         let end = Arc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?);
         let ended = Arc::new(AtomicBool::new(false));
         let mut manager =
@@ -438,6 +460,7 @@ impl DeviceThread {
             .name("devices".into())
             .stack_size(256 << 10)
             .spawn(move || {
+                begin(on_thread.as_ref(), ThreadKind::Device);
                 while !ended.load(Ordering::Relaxed) {
                     if let Err(error) = manager.run() {
                         warn!(%error, "waiting for the backends failed");

@@ -147,7 +147,7 @@ pub fn the_neighbour_is_whole(guest: Guest) {
     assert_eq!(answer, "whole", "what the neighbour says of itself");
 }
 
-/// What a VMM takes now, in bytes: beside its guest's memory, and of that.
+/// What a process takes now, in bytes: beside a guest's memory, and of that.
 fn memory_of(process: u32) -> Option<(u64, u64)> {
     let maps = fs::read_to_string(format!("/proc/{process}/smaps")).ok()?;
     let (mut own, mut guest, mut of_guest) = (0, 0, false);
@@ -162,6 +162,17 @@ fn memory_of(process: u32) -> Option<(u64, u64)> {
         }
     }
     Some((own, guest))
+}
+
+/// The same of `picovm` and the VMM process that is its child, whichever is more.
+fn most_memory(picovm: u32) -> (u64, u64) {
+    let children = fs::read_to_string(format!("/proc/{picovm}/task/{picovm}/children")).unwrap_or_default();
+    children
+        .split_whitespace()
+        .filter_map(|child| child.parse().ok())
+        .chain([picovm])
+        .filter_map(memory_of)
+        .fold((0, 0), |most, now| (most.0.max(now.0), most.1.max(now.1)))
 }
 
 /// How an attack ended.
@@ -251,10 +262,9 @@ pub fn attack(
             panic!("the VMM hangs: {arguments:?}, {}", text(stderr));
         }
         if Instant::now() > next_look {
-            if let Some((now, guest)) = memory_of(child.id()) {
-                own = own.max(now);
-                guests = guests.max(guest);
-            }
+            let (now, guest) = most_memory(child.id());
+            own = own.max(now);
+            guests = guests.max(guest);
             // Often while it is short, as most are.
             next_look = Instant::now() + (begun.elapsed() / 8).max(Duration::from_millis(40));
         }
@@ -278,7 +288,7 @@ pub fn attack(
     );
     assert!(
         ended.status.code().is_some(),
-        "the VMM was ended by a signal: {ended:?}"
+        "picovm was ended by a signal: {ended:?}"
     );
     for word in [
         "panicked",

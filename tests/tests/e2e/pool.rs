@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use picovm_engine::{ContainerExit, ContainerOptions, EngineError, Parking, Pool, PooledContainer};
+use picovm_engine::{ContainerExit, ContainerOptions, EngineError, Parking, Pool, RunningContainer};
 
 use crate::template;
 
@@ -20,7 +20,7 @@ const PARKING: Duration = Duration::from_secs(60);
 
 /// A container of the pool and the reading ends of its output.
 struct Started {
-    container: PooledContainer,
+    container: RunningContainer,
     stdout: std::io::PipeReader,
     stderr: std::io::PipeReader,
 }

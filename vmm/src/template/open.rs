@@ -17,7 +17,10 @@ use super::format::{
 use super::large_pages;
 use crate::arch::cpuid::Processor;
 use crate::arch::layout;
+use crate::devices::virtio::block::FileBackend;
+use crate::devices::virtio::slot::SlotState;
 use crate::machine::{Backends, Machine, MachineError, MachineState};
+use crate::threads::OnThread;
 use crate::working_set::WorkingSet;
 use crate::{memory, vm};
 
@@ -31,6 +34,8 @@ pub struct ForkOptions {
     pub disks: Vec<PathBuf>,
     /// Where the clone's console output goes.
     pub console_log: Option<File>,
+    /// Called first thing in each of its threads, before a guest instruction can run: to confine it, say.
+    pub on_thread: Option<OnThread>,
 }
 
 /// An open template. Forking needs nothing but this; any number of clones may be forked at once, from any thread.
@@ -41,6 +46,8 @@ pub struct Template {
     state: MachineState,
     memory: Arc<File>,
     working_set: Option<WorkingSet>,
+    /// By slot, what its clones need open and none can write to.
+    shared: Vec<Option<FileBackend>>,
     kvm: Arc<Kvm>,
 }
 
@@ -111,9 +118,11 @@ impl Template {
         let kvm = vm::open_kvm().map_err(MachineError::from)?;
         let here = Processor::of(&vm::supported_cpuid(&kvm).map_err(MachineError::from)?);
         same_processor(directory, &metadata.processor, here)?;
+        let shared = state.slots.iter().map(SlotState::open_shared).collect();
         Ok(Self {
             path: directory.to_owned(),
             id,
+            shared,
             metadata,
             state,
             memory: Arc::new(file),
@@ -196,7 +205,9 @@ impl Template {
         self.write_identity_to(&memory, &options.identity)?;
         let own = Backends {
             disks: options.disks,
+            shared: self.shared.clone(),
             console_log: options.console_log,
+            on_thread: options.on_thread,
             memory_file: Some(self.memory.clone()),
         };
         Ok(Machine::build(

@@ -225,8 +225,20 @@ fn serial(index: usize) -> String {
 }
 
 impl SlotState {
-    /// Opens the backend that a clone needs in this slot. `console` is taken by the slot of the control connection,
-    /// `disks` by disks in order, instead of the files that they lay on.
+    /// Opens what all clones have in common in this slot, so that forking one opens no file: a disk that none can write to.
+    /// `None` for anything else, and for what cannot be opened: [`SlotState::open_backend`] says why.
+    #[must_use]
+    pub fn open_shared(&self) -> Option<FileBackend> {
+        match self {
+            Self::Block { device, path, .. } if device.read_only => {
+                FileBackend::open_for_clone(path, device).ok()
+            }
+            _ => None,
+        }
+    }
+
+    /// The backend that a clone needs in this slot. `console` is taken by the slot of the control connection,
+    /// `disks` by disks in order, instead of the files that they lay on; `shared` is what [`SlotState::open_shared`] opened.
     ///
     /// # Errors
     /// [`BackendError`] for a disk.
@@ -234,13 +246,17 @@ impl SlotState {
         &self,
         console: &mut Option<StreamBackend>,
         disks: &mut dyn Iterator<Item = PathBuf>,
+        shared: Option<&FileBackend>,
     ) -> Result<Option<SlotBackend>, BackendError> {
         Ok(match self {
             Self::Console { .. } => console.take().map(SlotBackend::Console),
             Self::Block { device, path, .. } => {
-                let path = disks.next().unwrap_or_else(|| path.clone());
-                let backend = FileBackend::open_for_clone(&path, device)?;
-                Some(SlotBackend::Block(backend, path))
+                let other = disks.next();
+                let backend = match (&other, shared) {
+                    (None, Some(shared)) => shared.clone(),
+                    _ => FileBackend::open_for_clone(other.as_ref().unwrap_or(path), device)?,
+                };
+                Some(SlotBackend::Block(backend, other.unwrap_or_else(|| path.clone())))
             }
             Self::Entropy { .. } => Some(SlotBackend::Entropy),
         })

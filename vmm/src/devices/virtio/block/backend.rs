@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -63,9 +64,10 @@ pub enum BackendError {
     },
 }
 
-/// A file as a disk.
+/// A file as a disk. Clones of it are the same open file.
+#[derive(Clone)]
 pub struct FileBackend {
-    file: File,
+    file: Arc<File>,
     /// What the guest sees.
     sectors: u64,
     /// What the file has, `sectors` or fewer.
@@ -114,7 +116,7 @@ impl FileBackend {
             });
         }
         Ok(Self {
-            file,
+            file: Arc::new(file),
             sectors: bytes / SECTOR,
             in_file: bytes / SECTOR,
             read_only,

@@ -158,7 +158,7 @@ impl Rig {
         let (backend, host) = console::connection().unwrap();
         host.set_nonblocking(true).unwrap();
         let backend = state
-            .open_backend(&mut Some(backend), &mut std::iter::empty())
+            .open_backend(&mut Some(backend), &mut std::iter::empty(), None)
             .unwrap()
             .unwrap();
         self.slot = Slot::from_state(backend, 0, self.memory.guest.clone(), line(), &state)

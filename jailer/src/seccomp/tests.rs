@@ -1,0 +1,6 @@
+use super::*;
+
+#[test]
+fn every_list_compiles() {
+    Filters::new(&Seccomp::default()).unwrap();
+}
