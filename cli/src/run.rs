@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use picovm_engine::{ContainerExit, ContainerOptions, RunningContainer, Store, TemplateSpec, printable};
@@ -21,6 +21,9 @@ use crate::arguments::RunOptions;
 const TIMED_OUT: u8 = 124;
 /// So many Ctrl-C, and a container that ignores them is killed.
 const PATIENCE: u32 = 3;
+
+/// How long a VMM process may take that was told to end its container, until it is killed itself.
+const KILL_MAX: Duration = Duration::from_secs(5);
 
 /// Signals that are passed on to the container.
 const FORWARDED: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
@@ -99,11 +102,19 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         .and_then(|timeout| Instant::now().checked_add(timeout));
     let mut interrupts = 0;
     let mut timed_out = false;
+    // When a VMM process that was told to end its container has had its time.
+    let mut patience = None;
+    let mut killed = false;
     loop {
-        match wait(&container, &signals, deadline.filter(|_| !timed_out))? {
+        match wait(&container, &signals, patience.or(deadline).filter(|_| !killed))? {
             Wake::Ended => break,
+            Wake::Deadline if patience.is_some() => {
+                killed = true;
+                container.kill_vmm_process();
+            }
             Wake::Deadline => {
                 timed_out = true;
+                patience = Some(Instant::now() + KILL_MAX);
                 // One that has ended meanwhile needs no signal.
                 let _ = container.kill(SIGKILL as u8);
             }
@@ -111,6 +122,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
                 let Some(signal) = signals.take() else { continue };
                 interrupts += u32::from(i32::from(signal) == SIGINT);
                 let _ = if interrupts >= PATIENCE {
+                    patience = patience.or(Some(Instant::now() + KILL_MAX));
                     container.kill(SIGKILL as u8)
                 } else {
                     container.signal(signal)
@@ -118,7 +130,11 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
             }
         }
     }
-    let exit = container.wait()?;
+    let exit = match container.wait() {
+        // How it took its end is of no interest.
+        Err(_) if killed => ContainerExit::Signal(SIGKILL as u8),
+        exit => exit?,
+    };
     if let ContainerExit::NotStarted(failure) = &exit {
         eprintln!(
             "picovm: cannot {}: {}",

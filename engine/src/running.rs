@@ -3,10 +3,12 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::Template;
-use rustix::process::{Pid, WaitOptions, WaitStatus, waitpid};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process, pidfd_open, waitpid};
 
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
@@ -16,6 +18,10 @@ use crate::vmm_process;
 fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
     EngineError::host(attempted)
 }
+
+/// How long a VMM process may take to end that is to end: it takes its clone down, which is a matter of milliseconds. One that
+/// its guest has taken over may not want to.
+const END_MAX: Duration = Duration::from_secs(5);
 
 /// A container in a VMM process of its own. Dropping it ends it.
 pub struct RunningContainer {
@@ -75,6 +81,14 @@ impl RunningContainer {
         messages::send(&self.socket, &ToVmm::Kill(signal), &[]).map_err(failed("end a container"))
     }
 
+    /// Kills the VMM process itself, if it is a child of this one: for one that does not do what [`RunningContainer::kill`] says.
+    pub fn kill_vmm_process(&self) {
+        if let Some(child) = self.child {
+            // It is not reaped yet, so that the id is its own.
+            let _ = kill_process(child, Signal::KILL);
+        }
+    }
+
     /// Waits until the container has ended and every byte of its output is out.
     ///
     /// # Errors
@@ -92,9 +106,12 @@ impl RunningContainer {
 
     /// Waits for the end of a VMM process that is a child; tells how it ended.
     fn reap(&mut self) -> String {
+        // It ends when nobody listens any more, if it has not.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        if self.child.is_some_and(|child| !ends_within(child, END_MAX)) {
+            self.kill_vmm_process();
+        }
         let status = self.child.take().and_then(|child| {
-            // It ends when nobody listens any more, if it has not.
-            let _ = self.socket.shutdown(std::net::Shutdown::Both);
             loop {
                 match waitpid(Some(child), WaitOptions::empty()) {
                     Err(rustix::io::Errno::INTR) => {}
@@ -103,6 +120,27 @@ impl RunningContainer {
             }
         });
         how_it_ended(status.map(|(_, status)| status))
+    }
+}
+
+/// Whether a child ends by itself in time.
+fn ends_within(child: Pid, limit: Duration) -> bool {
+    // Without a descriptor, on a host before Linux 5.3, it is trusted to end.
+    let Ok(descriptor) = pidfd_open(child, PidfdFlags::empty()) else {
+        return true;
+    };
+    let deadline = Instant::now() + limit;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(left.subsec_nanos()),
+        };
+        match poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => return false,
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(_) | Err(_) => return true,
+        }
     }
 }
 
