@@ -33,7 +33,11 @@ fn print(title: &str, rounds: &[Round]) {
 }
 
 /// Spawns jails one after the other; to the first instruction of their work, and of what each does then.
-fn spawn(policy: &Policy, prepared: bool, kinds: &[(&'static str, ThreadKind)]) -> anyhow::Result<Vec<Round>> {
+fn spawn(
+    policy: &Policy,
+    prepared: bool,
+    kinds: &[(&'static str, ThreadKind)],
+) -> anyhow::Result<Vec<Round>> {
     let mut rounds = Vec::new();
     let mut jailer = Jailer::new(policy.clone(), Mode::of_caller())?;
     if prepared {
@@ -75,7 +79,10 @@ fn spawn(policy: &Policy, prepared: bool, kinds: &[(&'static str, ThreadKind)]) 
             .iter()
             .map(|time| Duration::from_nanos(u64::from_le_bytes(*time)));
         round.push(("spawn returns", spawned));
-        round.push(("to the first instruction of its work", times.next().unwrap_or_default()));
+        round.push((
+            "to the first instruction of its work",
+            times.next().unwrap_or_default(),
+        ));
         for ((name, _), time) in kinds.iter().zip(times) {
             round.push((name, time));
         }
@@ -121,11 +128,26 @@ fn main() -> anyhow::Result<()> {
     };
     print("ids, capabilities, descriptors", &spawn(&bare, true, &[])?);
     print("+ pid namespace", &spawn(&with(|_| ()), true, &[])?);
-    print("+ pid, ipc", &spawn(&with(|policy| policy.namespaces.ipc = true), true, &[])?);
-    print("+ pid, uts", &spawn(&with(|policy| policy.namespaces.uts = true), true, &[])?);
-    print("+ pid, net", &spawn(&with(|policy| policy.namespaces.net = true), true, &[])?);
-    print("+ pid, mount, root", &spawn(&with(|policy| policy.namespaces.mount = true), true, &[])?);
-    print("+ pid, user", &spawn(&with(|policy| policy.namespaces.user = true), true, &[])?);
+    print(
+        "+ pid, ipc",
+        &spawn(&with(|policy| policy.namespaces.ipc = true), true, &[])?,
+    );
+    print(
+        "+ pid, uts",
+        &spawn(&with(|policy| policy.namespaces.uts = true), true, &[])?,
+    );
+    print(
+        "+ pid, net",
+        &spawn(&with(|policy| policy.namespaces.net = true), true, &[])?,
+    );
+    print(
+        "+ pid, mount, root",
+        &spawn(&with(|policy| policy.namespaces.mount = true), true, &[])?,
+    );
+    print(
+        "+ pid, user",
+        &spawn(&with(|policy| policy.namespaces.user = true), true, &[])?,
+    );
     print("+ pid, cgroup", &spawn(&with(limits), true, &[])?);
     let kinds = [
         ("filter of a control thread", ThreadKind::Control),
@@ -133,7 +155,10 @@ fn main() -> anyhow::Result<()> {
         ("filter of a vCPU thread", ThreadKind::Vcpu),
     ];
     for kind in &kinds {
-        print("whole, prepared", &spawn(&whole, true, std::slice::from_ref(kind))?);
+        print(
+            "whole, prepared",
+            &spawn(&whole, true, std::slice::from_ref(kind))?,
+        );
     }
     let off = {
         let mut policy = whole.clone();
