@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use picovm_engine::figures::{self, median, ms, percentile};
 use picovm_engine::{
     Confinement, Container, ContainerExit, ContainerOptions, Density, DensityProgress, Interruption, Parking,
-    Pool, Prompt, Stdio, Store, TemplateSpec,
+    Pool, Prompt, Stdio, Store, TemplateSpec, printable,
 };
 use picovm_vmm::Template;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -380,8 +380,8 @@ fn check(exit: &ContainerExit, has_output: bool) -> anyhow::Result<()> {
         ContainerExit::NotStarted(failure) => {
             bail!(
                 "the command cannot be started: cannot {}: {}",
-                failure.attempted,
-                failure.message
+                printable(&failure.attempted),
+                printable(&failure.message)
             )
         }
         ContainerExit::Code(0) if has_output => Ok(()),

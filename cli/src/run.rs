@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::Context;
-use picovm_engine::{Confinement, ContainerExit, ContainerOptions, RunningContainer, Store, TemplateSpec};
+use picovm_engine::{
+    Confinement, ContainerExit, ContainerOptions, RunningContainer, Store, TemplateSpec, printable,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
@@ -121,7 +123,11 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     }
     let exit = container.wait()?;
     if let ContainerExit::NotStarted(failure) = &exit {
-        eprintln!("picovm: cannot {}: {}", failure.attempted, failure.message);
+        eprintln!(
+            "picovm: cannot {}: {}",
+            printable(&failure.attempted),
+            printable(&failure.message)
+        );
     }
     Ok(ExitCode::from(if timed_out {
         TIMED_OUT

@@ -71,7 +71,7 @@ impl Forker {
     /// Does now what would otherwise be done for each process: for a process that does nothing but fork them.
     pub(crate) fn prepare(&mut self) -> Result<(), EngineError> {
         if let Some(jailer) = &mut self.jailer {
-            jailer.drop_bounding_set()?;
+            jailer.become_server()?;
         }
         Ok(())
     }

@@ -140,6 +140,10 @@ impl Identified {
     }
 }
 
+/// How long after a machine has raised its descriptor it may take until it tells why it stopped: a moment, if the thread that
+/// tells is not held up by others.
+const STOP_MAX: Duration = Duration::from_secs(5);
+
 /// A container that runs. Dropping it ends its clone and leaves nothing.
 pub struct Container {
     pub(crate) machine: Machine,
@@ -226,10 +230,11 @@ impl Container {
 
     /// The error for a clone that has ended before its container told how it ended.
     pub(crate) fn ended(&mut self) -> EngineError {
-        let reason = match self.machine.wait(Some(Duration::ZERO)) {
+        // The machine's descriptor is raised just before the stop itself is told.
+        let reason = match self.machine.wait(Some(STOP_MAX)) {
             Ok(Some(Outcome::FreezePoint)) => "it went back to its freeze point".to_owned(),
             Ok(Some(outcome)) => outcome.to_string(),
-            Ok(None) => "it closed its control connection".to_owned(),
+            Ok(None) => "it stopped without a reason".to_owned(),
             Err(error) => error.to_string(),
         };
         EngineError::CloneEnded {

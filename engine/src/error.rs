@@ -9,6 +9,8 @@ use picovm_jailer::JailError;
 use picovm_rootfs::image::ImageError;
 use picovm_vmm::{MachineError, TemplateError};
 
+use crate::printable::{printable, printable_lines};
+
 /// Why the engine could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -121,7 +123,7 @@ pub enum EngineError {
         looked: Vec<PathBuf>,
     },
     /// A VMM process failed, for the reason that it told.
-    #[error("{0}")]
+    #[error("{}", printable_lines(.0).trim_start())]
     Vmm(String),
     /// A process with more than one thread cannot be forked into a VMM process.
     #[error(
@@ -189,18 +191,18 @@ fn how(exit: &ContainerExit) -> String {
         ContainerExit::NotStarted(failure) => {
             format!(
                 "could not be started: cannot {}: {}",
-                failure.attempted, failure.message
+                printable(&failure.attempted),
+                printable(&failure.message)
             )
         }
     }
 }
 
 fn console(tail: &str) -> String {
-    let tail = tail.trim_end();
-    if tail.is_empty() {
+    if tail.trim_end().is_empty() {
         String::new()
     } else {
-        format!("\nits last console output:\n{tail}")
+        format!("\nits last console output:\n{}", printable_lines(tail))
     }
 }
 
@@ -218,5 +220,41 @@ impl EngineError {
 
     pub(crate) fn host(attempted: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Host { attempted, source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use picovm_guest_protocol::StartFailure;
+
+    #[test]
+    fn nothing_that_a_guest_says_is_a_command_to_a_terminal() {
+        let hostile = "\x1b[2Jgone\r\u{9b}1m\x07".to_owned();
+        let failure = StartFailure {
+            attempted: hostile.clone(),
+            errno: 2,
+            message: hostile.clone(),
+        };
+        let errors = [
+            EngineError::CloneEnded {
+                reason: "it reset itself".into(),
+                tail: hostile.clone(),
+            },
+            EngineError::NotFrozen {
+                reason: "it reset itself".into(),
+                tail: hostile.clone(),
+            },
+            EngineError::Unexpected {
+                output: hostile.clone(),
+                exit: ContainerExit::NotStarted(failure),
+            },
+            EngineError::Vmm(hostile),
+        ];
+        for error in errors {
+            let text = error.to_string();
+            assert!(text.contains("\\u{1b}[2Jgone\\r\\u{9b}1m\\u{7}"), "{text:?}");
+            assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
+        }
     }
 }

@@ -26,6 +26,7 @@ pub mod messages;
 #[cfg(not(fuzzing))]
 mod messages;
 mod pool;
+mod printable;
 mod running;
 mod scheduling;
 mod session;
@@ -44,6 +45,7 @@ pub use messages::Parking;
 pub use picovm_guest_protocol::{ContainerExit, StartFailure};
 pub use picovm_rootfs::image::Progress as ImageProgress;
 pub use pool::{POOL_MAX, Pool, VMM_VARIABLE};
+pub use printable::{printable, printable_lines};
 pub use running::RunningContainer;
 pub use scheduling::Prompt;
 pub use session::{Event, Session};

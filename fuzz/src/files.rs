@@ -70,7 +70,7 @@ fn machine_state(data: &[u8]) {
         };
         // The state of the queues is the file's: the devices work on it at once, as in a clone.
         if let Ok(slot) = Slot::from_state(backend, 2, guest::memory(), guest::line(), saved) {
-            slot.resume();
+            let _ = slot.resume();
             for register in (0..0x120).step_by(4) {
                 slot.read(register, &mut [0; 4]);
             }

@@ -137,7 +137,8 @@ impl Filters {
                 .iter()
                 .map(|(name, rules)| layout::compile(rules, below).map_err(wrong(name)))
                 .collect();
-            all?.try_into().map_err(|_| wrong("all")("there are three kinds".into()))
+            all?.try_into()
+                .map_err(|_| wrong("all")("there are three kinds".into()))
         };
         Ok(Self(Arc::new(All {
             mode: policy.mode,
