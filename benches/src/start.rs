@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use picovm_engine::figures::ms;
-use picovm_engine::{ContainerOptions, Image, Parking, Pool, Prompt};
+use picovm_engine::{Confinement, ContainerOptions, Image, Parking, Pool, Prompt};
 use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::{Template, WorkingSet};
 
@@ -45,7 +45,7 @@ pub fn measure(
     };
     let mut smallest = boot::build_smallest_template(workspace, &workspace.path("smallest"))?;
     smallest.record_working_set(clones::record_first_instruction(&smallest)?);
-    let mut pool = Pool::new(&small, 1, Parking::Prefaulted)?;
+    let mut pool = Pool::new(&small, 1, Parking::Prefaulted, Confinement::Jailed)?;
     let mut probes = vec![
         Probe::new(
             [("process_first_byte", Unit::Ms), ("process_exit", Unit::Ms)],

@@ -11,11 +11,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use picovm_engine::{ContainerExit, ContainerOptions, RunningContainer, Store, TemplateSpec, printable};
+use picovm_engine::{
+    Confinement, ContainerExit, ContainerOptions, RunningContainer, Store, TemplateSpec, printable,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
-use crate::arguments::RunOptions;
+use crate::arguments::{RunOptions, SeccompMode};
 
 /// Exit status of a container that `--timeout` ended, as `timeout(1)` has it.
 const TIMED_OUT: u8 = 124;
@@ -93,6 +95,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
             console_log,
         },
         streams,
+        confinement(options),
     )?;
     // From here on a Ctrl-C is the container's. Its VMM process has none of these handlers.
     let signals = Signals::watch()?;
@@ -147,6 +150,26 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     } else {
         exit.shell_status()
     }))
+}
+
+/// How the container's VMM process is to be confined. Less than all is not done silently.
+fn confinement(options: &RunOptions) -> Confinement {
+    match options.seccomp {
+        _ if options.no_jail => {
+            eprintln!(
+                "picovm: warning: --no-jail: nothing but its VM stands between this container and the host. Use it for \
+                 debugging only"
+            );
+            Confinement::Unconfined
+        }
+        SeccompMode::Log => {
+            eprintln!(
+                "picovm: warning: --seccomp=log: the VMM may make any system call. Use it for debugging only"
+            );
+            Confinement::CallsLogged
+        }
+        SeccompMode::Kill => Confinement::Jailed,
+    }
 }
 
 /// Why a wait for a container is over.

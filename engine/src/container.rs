@@ -11,6 +11,7 @@ use picovm_guest_protocol::{ContainerSpec, Identity, IdentityError};
 use picovm_vmm::{ForkOptions, Machine, Outcome, Template};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::confinement::ThreadFilters;
 use crate::error::EngineError;
 use crate::session::Session;
 
@@ -153,20 +154,32 @@ pub struct Container {
 }
 
 impl Container {
-    /// Forks a clone, gives it its identity and lets it run.
+    /// Forks a clone in this very process, gives it its identity and lets it run. Nothing but the wall of its VM confines it:
+    /// [`RunningContainer`](crate::RunningContainer) has one in a jailed process of its own.
     ///
     /// # Errors
     /// [`EngineError::Template`], [`EngineError::Machine`] for what the host refuses.
     pub fn start(template: &Template, options: &ContainerOptions) -> Result<Self, EngineError> {
+        Self::start_confined(template, options, &ThreadFilters::default())
+    }
+
+    /// As [`Container::start`], with every thread of this process confined before the guest runs.
+    pub(crate) fn start_confined(
+        template: &Template,
+        options: &ContainerOptions,
+        filters: &ThreadFilters,
+    ) -> Result<Self, EngineError> {
         let mut identified = Identified::new(template, options.request())?;
         let machine = template.fork(ForkOptions {
             identity: std::mem::take(&mut identified.identity),
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
+            on_thread: filters.on_thread(),
             ..ForkOptions::default()
         })?;
         if let Some(set) = template.working_set() {
             set.populate_written(machine.memory());
         }
+        filters.seal()?;
         identified.run(machine)
     }
 

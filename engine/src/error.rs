@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use picovm_guest_protocol::{ContainerExit, FrameError};
+use picovm_jailer::JailError;
 use picovm_rootfs::image::ImageError;
 use picovm_vmm::{MachineError, TemplateError};
 
@@ -164,6 +165,9 @@ pub enum EngineError {
         /// To how many the limit can be raised.
         limit: u64,
     },
+    /// A VMM process cannot be confined.
+    #[error("the VMM process cannot be confined: {0}")]
+    Jail(#[from] JailError),
     /// What the agent sends makes no sense.
     #[error("the clone's agent broke the protocol: {0}")]
     Protocol(#[from] FrameError),

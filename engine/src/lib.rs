@@ -14,6 +14,7 @@
 //! ```
 
 mod attach;
+mod confinement;
 mod container;
 mod density;
 mod error;
@@ -34,6 +35,7 @@ mod templates;
 mod vmm_process;
 
 pub use attach::{Interruption, Stdio, Wake};
+pub use confinement::Confinement;
 pub use container::{Container, ContainerOptions};
 pub use density::{Density, DensityPoint, DensityProgress};
 pub use error::EngineError;

@@ -3,16 +3,17 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::Template;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process, pidfd_open, waitpid};
 
+use crate::confinement::{Confinement, Forker, VmmProcess};
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, ToVmm};
+use crate::pool::Server;
 use crate::vmm_process;
 
 fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
@@ -26,8 +27,15 @@ const END_MAX: Duration = Duration::from_secs(5);
 /// A container in a VMM process of its own. Dropping it ends it.
 pub struct RunningContainer {
     socket: UnixStream,
-    /// If it is a child of this process, and not of a pool's fork server.
-    child: Option<Pid>,
+    parent: Parent,
+}
+
+/// Whose child its VMM process is.
+enum Parent {
+    /// This process's. Absent once it is reaped.
+    Here(Option<VmmProcess>),
+    /// A pool's fork server's, which lives until the last container of the pool has ended.
+    Server(#[expect(dead_code, reason = "dropping it waits for the server")] Arc<Server>),
 }
 
 impl RunningContainer {
@@ -38,31 +46,38 @@ impl RunningContainer {
     /// [`Pool`](crate::Pool), whose fork server is such a process.
     ///
     /// # Errors
-    /// [`EngineError::Threads`], [`EngineError::Host`]. What happens in the VMM process is told by
+    /// [`EngineError::Threads`], [`EngineError::Jail`], [`EngineError::Host`]. What happens in the VMM process is told by
     /// [`RunningContainer::wait`].
     pub fn start(
         template: &Template,
         options: &ContainerOptions,
         streams: [BorrowedFd<'_>; 3],
+        confinement: Confinement,
     ) -> Result<Self, EngineError> {
         let (socket, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
         let mut socket = Some(socket);
-        let child = vmm_process::fork(|| {
+        let mut keep = vec![theirs.as_fd()];
+        keep.extend(streams);
+        keep.extend(options.console_log.as_ref().map(AsFd::as_fd));
+        let child = Forker::new(template, confinement)?.fork(template, &keep, |filters| {
             // Its end is how the VMM process notices that nobody is left.
             socket = None;
-            vmm_process::run_at_once(template, options, streams, &theirs);
+            vmm_process::run_at_once(template, options, streams, &theirs, filters);
         })?;
         let socket =
             socket.ok_or_else(|| failed("fork a VMM process")(io::ErrorKind::NotConnected.into()))?;
         Ok(Self {
             socket,
-            child: Some(child),
+            parent: Parent::Here(Some(child)),
         })
     }
 
     /// One that was started in a VMM process of a pool.
-    pub(crate) fn of_pool(socket: UnixStream) -> Self {
-        Self { socket, child: None }
+    pub(crate) fn of_pool(socket: UnixStream, server: Arc<Server>) -> Self {
+        Self {
+            socket,
+            parent: Parent::Server(server),
+        }
     }
 
     /// Delivers a signal to the container.
@@ -83,9 +98,8 @@ impl RunningContainer {
 
     /// Kills the VMM process itself, if it is a child of this one: for one that does not do what [`RunningContainer::kill`] says.
     pub fn kill_vmm_process(&self) {
-        if let Some(child) = self.child {
-            // It is not reaped yet, so that the id is its own.
-            let _ = kill_process(child, Signal::KILL);
+        if let Parent::Here(Some(child)) = &self.parent {
+            child.kill();
         }
     }
 
@@ -106,52 +120,21 @@ impl RunningContainer {
 
     /// Waits for the end of a VMM process that is a child; tells how it ended.
     fn reap(&mut self) -> String {
-        // It ends when nobody listens any more, if it has not.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
-        if self.child.is_some_and(|child| !ends_within(child, END_MAX)) {
-            self.kill_vmm_process();
-        }
-        let status = self.child.take().and_then(|child| {
-            loop {
-                match waitpid(Some(child), WaitOptions::empty()) {
-                    Err(rustix::io::Errno::INTR) => {}
-                    ended => break ended.ok().flatten(),
-                }
-            }
-        });
-        how_it_ended(status.map(|(_, status)| status))
-    }
-}
-
-/// Whether a child ends by itself in time.
-fn ends_within(child: Pid, limit: Duration) -> bool {
-    // Without a descriptor, on a host before Linux 5.3, it is trusted to end.
-    let Ok(descriptor) = pidfd_open(child, PidfdFlags::empty()) else {
-        return true;
-    };
-    let deadline = Instant::now() + limit;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(left.subsec_nanos()),
+        let child = match &mut self.parent {
+            Parent::Here(child) => child.take(),
+            Parent::Server(_) => None,
         };
-        match poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => return false,
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(_) | Err(_) => return true,
+        match child {
+            Some(child) => {
+                // It ends when nobody listens any more, if it has not.
+                let _ = self.socket.shutdown(std::net::Shutdown::Both);
+                if !child.ends_within(END_MAX) {
+                    child.kill();
+                }
+                child.wait()
+            }
+            None => "its VMM process has ended".into(),
         }
-    }
-}
-
-/// How a VMM process ended that has said nothing.
-fn how_it_ended(status: Option<WaitStatus>) -> String {
-    match status.and_then(WaitStatus::terminating_signal) {
-        Some(libc::SIGSYS) => {
-            "its VMM process made a system call that its jail does not allow, and was killed for it".into()
-        }
-        Some(signal) => format!("its VMM process was ended by signal {signal}"),
-        None => "its VMM process has ended".into(),
     }
 }
 

@@ -41,7 +41,7 @@ fn spawn(
     let mut rounds = Vec::new();
     let mut jailer = Jailer::new(policy.clone(), Mode::of_caller())?;
     if prepared {
-        jailer.drop_bounding_set()?;
+        jailer.become_server()?;
     }
     for _ in 0..ROUNDS {
         let mut round = Round::new();

@@ -25,8 +25,8 @@ pub(crate) struct Confinement<'a> {
     pub(crate) proc: BorrowedFd<'a>,
     /// The process that forked this one.
     pub(crate) parent: &'a OwnedFd,
-    /// Whether there are capabilities in the bounding set.
-    pub(crate) bounded: bool,
+    /// Whether the one that forked it has given up ahead what can be: see [`give_up_ahead`].
+    pub(crate) server: bool,
     /// User and group id of the caller, as they are before there is a user namespace.
     pub(crate) own_ids: (u32, u32),
 }
@@ -75,9 +75,13 @@ impl Confinement<'_> {
 
     /// Ids, capabilities, and whatever could bring them back.
     fn drop_rights(&self) -> Result<(), Failure> {
-        lock_capabilities(self.bounded)?;
+        if !self.server {
+            lock_capabilities()?;
+        }
         if let Some(id) = &self.slot.id {
-            sys::clear_groups().map_err(failed("leave all groups"))?;
+            if !self.server {
+                sys::clear_groups().map_err(failed("leave all groups"))?;
+            }
             let gid = rustix::process::Gid::from_raw(id.number());
             rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(failed("change the group id"))?;
             let uid = rustix::process::Uid::from_raw(id.number());
@@ -86,14 +90,19 @@ impl Confinement<'_> {
                 self.enter_user_namespace()?;
             }
         }
+        // The change of ids has dropped them all where there was nothing else to drop.
         let none = CapabilitySets {
             effective: CapabilitySet::empty(),
             permitted: CapabilitySet::empty(),
             inheritable: CapabilitySet::empty(),
         };
-        rustix::thread::clear_ambient_capability_set().map_err(failed("drop ambient capabilities"))?;
-        rustix::thread::set_capabilities(None, none).map_err(failed("drop all capabilities"))?;
-        rustix::thread::set_no_new_privs(true).map_err(failed("refuse new privileges"))?;
+        if rustix::thread::capabilities(None).map_err(failed("read the capabilities"))? != none {
+            rustix::thread::set_capabilities(None, none).map_err(failed("drop all capabilities"))?;
+        }
+        if !self.server {
+            rustix::thread::clear_ambient_capability_set().map_err(failed("drop ambient capabilities"))?;
+            rustix::thread::set_no_new_privs(true).map_err(failed("refuse new privileges"))?;
+        }
         rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
             .map_err(failed("refuse to be traced"))
     }
@@ -109,7 +118,7 @@ impl Confinement<'_> {
         self.map_ids()?;
         rustix::process::set_dumpable_behavior(NotDumpable).map_err(failed(attempted))?;
         // A new user namespace begins with all of them.
-        lock_capabilities(true)
+        lock_capabilities()
     }
 
     /// In a new user namespace: the own ids stand for themselves.
@@ -135,7 +144,7 @@ impl Confinement<'_> {
 }
 
 /// Lets no change of ids and no program bring capabilities back.
-fn lock_capabilities(bounded: bool) -> Result<(), Failure> {
+fn lock_capabilities() -> Result<(), Failure> {
     rustix::thread::set_capabilities_secure_bits(
         CapabilitiesSecureBits::NO_ROOT
             | CapabilitiesSecureBits::NO_ROOT_LOCKED
@@ -145,14 +154,22 @@ fn lock_capabilities(bounded: bool) -> Result<(), Failure> {
             | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED,
     )
     .map_err(failed("lock the capabilities"))?;
-    if bounded {
-        drop_bounding_set().map_err(failed("empty the bounding set of capabilities"))?;
-    }
-    Ok(())
+    drop_bounding_set().map_err(failed("empty the bounding set of capabilities"))
+}
+
+/// What a process can give up for those that it will fork, and still fork them.
+pub(crate) fn give_up_ahead() -> Result<(), Failure> {
+    lock_capabilities()?;
+    sys::clear_groups().map_err(failed("leave all groups"))?;
+    rustix::thread::clear_ambient_capability_set().map_err(failed("drop ambient capabilities"))?;
+    let mut sets = rustix::thread::capabilities(None).map_err(failed("read the capabilities"))?;
+    sets.inheritable = CapabilitySet::empty();
+    rustix::thread::set_capabilities(None, sets).map_err(failed("drop inheritable capabilities"))?;
+    rustix::thread::set_no_new_privs(true).map_err(failed("refuse new privileges"))
 }
 
 /// One by one: there is no other way.
-pub(crate) fn drop_bounding_set() -> io::Result<()> {
+fn drop_bounding_set() -> io::Result<()> {
     for number in 0..64 {
         let capability = CapabilitySet::from_bits_retain(1 << number);
         match rustix::thread::remove_capability_from_bounding_set(capability) {

@@ -104,8 +104,7 @@ impl Program {
 
 /// Runs a program to its end, under its filter, passing on every signal that arrives; its status, 128 + N if signal N ended it. To
 /// be called by a confined process, with all signals blocked: it is then process 1 of the jail.
-#[must_use]
-pub fn run_program(program: &Program, filters: &Filters) -> u8 {
+pub(crate) fn run_program(program: &Program, filters: &Filters) -> u8 {
     match start(program, filters) {
         Ok(child) => serve(child),
         Err(error) => {

@@ -11,6 +11,7 @@ use rustix::fs::{Mode as FileMode, OFlags};
 use crate::cgroup::Cgroups;
 use crate::confine::{self, Confinement};
 use crate::error::JailError;
+use crate::exec::{self, Program};
 use crate::ids::IdRange;
 use crate::jail::{self, Jail};
 use crate::policy::{Policy, SeccompMode};
@@ -82,7 +83,8 @@ pub struct Jailer {
     proc: OwnedFd,
     own_process: OwnedFd,
     own_id: u32,
-    bounded: bool,
+    /// Whether what can be given up ahead was.
+    server: bool,
 }
 
 impl Jailer {
@@ -117,7 +119,7 @@ impl Jailer {
             proc,
             own_process,
             own_id: std::process::id(),
-            bounded: true,
+            server: false,
         })
     }
 
@@ -133,15 +135,23 @@ impl Jailer {
         Ok(())
     }
 
-    /// Empties the bounding set of capabilities of the calling process, and with it of all jails: a jail need not do it then,
-    /// which takes a system call for each capability. What this process executes from here on gets no capabilities by that.
+    /// For a fork server, which has nothing else to do than to spawn jails: gives up in the calling process what no jail has, so that
+    /// they need not: the bounding set of capabilities, supplementary groups, and system calls that neither spawning nor a VMM
+    /// process needs (`jailer/src/seccomp/setup.json` and the lists beside it). It cannot be undone. What this process
+    /// executes from here on gets no capabilities by that.
     ///
     /// # Errors
     /// [`JailError::Host`].
-    pub fn drop_bounding_set(&mut self) -> Result<(), JailError> {
-        confine::drop_bounding_set().map_err(JailError::host("empty the bounding set of capabilities"))?;
-        // A user namespace begins with a full one.
-        self.bounded = self.mode == Mode::Rootless;
+    pub fn become_server(&mut self) -> Result<(), JailError> {
+        if self.mode == Mode::Rootless {
+            // Its jails begin with a user namespace, in which everything is as new.
+            return Ok(());
+        }
+        confine::give_up_ahead().map_err(|(attempted, error)| JailError::host(attempted)(error))?;
+        self.filters
+            .apply_outer()
+            .map_err(JailError::host("install a filter of system calls"))?;
+        self.server = true;
         Ok(())
     }
 
@@ -152,8 +162,8 @@ impl Jailer {
     }
 
     /// Forks a confined process, which runs `work` and ends with the status that it returns. Of this process's descriptors it keeps
-    /// `keep`. It has everything of the policy but the filters of system calls, which each of its threads applies by itself
-    /// ([`Filters::apply`]) once it has made what needs more.
+    /// `keep`. It has everything of the policy but the filters of system calls of its threads, which each of these applies by itself
+    /// ([`Filters::apply`]) once it has made what needs more. Until then it is confined to what setting up a VMM needs.
     ///
     /// A process that cannot be confined runs nothing; [`Jail::wait`] says why.
     ///
@@ -161,6 +171,30 @@ impl Jailer {
     /// [`JailError::NotAlone`] if this process has other threads, or is not the one that made the jailer; what [`Jailer::prepare`]
     /// says if nothing was prepared; [`JailError::Host`] if the host refuses the process.
     pub fn spawn(&mut self, keep: &[RawFd], work: impl FnOnce() -> u8) -> Result<Jail, JailError> {
+        let filters = (!self.server).then(|| self.filters.clone());
+        self.fork(keep, || match filters.map(|filters| filters.apply_outer()) {
+            None | Some(Ok(())) => work(),
+            Some(Err(error)) => {
+                eprintln!("picovm-jailer: cannot install a filter of system calls: {error}");
+                jail::NOT_CONFINED
+            }
+        })
+    }
+
+    /// Forks a confined process, in which a program runs under the policy's list of system calls, with this process's standard streams.
+    /// All signals that the process gets are passed on to the program; `picovm-jailer` has them blocked ([`Signals::block`])
+    /// before. Its status is that of the program; 128 + N if signal N ended it.
+    ///
+    /// [`Signals::block`]: crate::Signals::block
+    ///
+    /// # Errors
+    /// As [`Jailer::spawn`].
+    pub fn spawn_program(&mut self, program: &Program) -> Result<Jail, JailError> {
+        let filters = self.filters.clone();
+        self.fork(&[0, 1, 2], || exec::run_program(program, &filters))
+    }
+
+    fn fork(&mut self, keep: &[RawFd], work: impl FnOnce() -> u8) -> Result<Jail, JailError> {
         self.check_alone()?;
         let mut keep = keep.to_vec();
         keep.sort_unstable();
@@ -183,7 +217,7 @@ impl Jailer {
                     keep: &keep,
                     proc: self.proc.as_fd(),
                     parent: &self.own_process,
-                    bounded: self.bounded,
+                    server: self.server,
                     own_ids,
                 };
                 be_confined(&confinement, work)

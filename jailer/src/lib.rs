@@ -38,7 +38,7 @@ mod slot;
 mod sys;
 
 pub use error::JailError;
-pub use exec::{Program, Signals, run_program};
+pub use exec::{Program, Signals};
 pub use jail::{Ended, Jail};
 pub use jailer::{Jailer, Mode};
 pub use policy::{

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
-use picovm_jailer::{Ended, Jail, Jailer, Mode, Policy, Program, SeccompMode, Signals, run_program};
+use picovm_jailer::{Ended, Jail, Jailer, Mode, Policy, Program, SeccompMode, Signals};
 use rustix::event::{PollFd, PollFlags, poll};
 
 /// Exit status of the jailer's own errors.
@@ -90,10 +90,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let (name, rest) = arguments.program.split_first().context("no program was given")?;
     let program = Program::new(name, rest)?;
     let mut jailer = Jailer::new(policy, mode)?;
-    let filters = jailer.filters().clone();
     // From here on they wait until there is somebody to pass them on to.
     let signals = Signals::block().context("cannot take over the signals")?;
-    let jail = jailer.spawn(&[0, 1, 2], || run_program(&program, &filters))?;
+    let jail = jailer.spawn_program(&program)?;
     Ok(match accompany(jail, &signals)? {
         Ended::Code(code) => {
             if code == SIGSYS_STATUS {

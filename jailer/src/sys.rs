@@ -130,25 +130,33 @@ pub(crate) fn lock_byte(file: BorrowedFd<'_>, at: u32, lock: bool) -> io::Result
     }
 }
 
-/// `SECCOMP_SET_MODE_FILTER` with a descriptor that hears of each call that the filter hands over. The number of the
-/// descriptor is stored at once.
+/// Installs a filter of system calls for the calling thread, which has no new privileges.
+pub(crate) fn install_filter(program: &[seccompiler::sock_filter]) -> io::Result<()> {
+    set_filter(program, 0).map(drop)
+}
+
+/// The same, with a descriptor that hears of each call that the filter hands over. The number of the descriptor is stored at
+/// once.
 pub(crate) fn listen_to_filter(program: &[seccompiler::sock_filter], listener: &AtomicI32) -> io::Result<()> {
-    let count = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let descriptor = set_filter(program, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER)?;
+    listener.store(descriptor as i32, Ordering::SeqCst);
+    Ok(())
+}
+
+fn set_filter(program: &[seccompiler::sock_filter], flags: libc::c_ulong) -> io::Result<libc::c_long> {
     let program = libc::sock_fprog {
-        len: count,
+        len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
         filter: program.as_ptr().cast_mut().cast(),
     };
-    // SAFETY: the program is a slice of instructions of the kernel's layout, which the kernel copies.
-    let descriptor = checked(unsafe {
+    // SAFETY: the program is a slice of instructions of the kernel's layout, which the kernel copies and checks.
+    checked(unsafe {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
-            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+            flags,
             &raw const program,
         )
-    })?;
-    listener.store(descriptor as i32, Ordering::SeqCst);
-    Ok(())
+    })
 }
 
 /// Waits for a call that a filter hands over; `None` when nobody is left who could make one.

@@ -1,16 +1,22 @@
-//! Filters of system calls: one list for each kind of thread, as JSON beside this file, compiled once.
+//! Filters of system calls: lists as JSON beside this file, compiled once.
+//!
+//! There are two layers. The outer one is in force while a process sets itself up, and can be inherited from the fork server; it
+//! allows what any of the lists does. On top of it each thread installs that of its kind, which is short, because the outer one
+//! has decided most already. What a thread may do is what both allow.
 
+mod layout;
 mod log;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use seccompiler::BpfProgram;
+use syscalls::Sysno;
 
 use crate::error::JailError;
 use crate::policy::{AllowedCall, Seccomp, SeccompMode};
-use crate::sys::SharedWord;
+use crate::sys::{self, SharedWord};
+use layout::Rules;
 
 /// Kinds of threads of a VMM process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,24 +29,41 @@ pub enum ThreadKind {
     Control,
 }
 
-/// A list: its name and its text.
-type List = (&'static str, &'static str);
-const VCPU: List = ("vcpu", include_str!("vcpu.json"));
-const DEVICE: List = ("device", include_str!("device.json"));
-const CONTROL: List = ("control", include_str!("control.json"));
-const PROGRAM: List = ("program", include_str!("program.json"));
+const KINDS: [ThreadKind; 3] = [ThreadKind::Vcpu, ThreadKind::Device, ThreadKind::Control];
 
-struct Compiled {
-    name: &'static str,
-    program: BpfProgram,
+/// What threads of every kind need.
+const COMMON: &str = include_str!("common.json");
+/// What is needed before the threads are confined.
+const SETUP: &str = include_str!("setup.json");
+/// What a program may do that `picovm-jailer` starts.
+const PROGRAM: &str = include_str!("program.json");
+
+impl ThreadKind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Vcpu => "vcpu",
+            Self::Device => "device",
+            Self::Control => "control",
+        }
+    }
+
+    fn list(self) -> &'static str {
+        match self {
+            Self::Vcpu => include_str!("vcpu.json"),
+            Self::Device => include_str!("device.json"),
+            Self::Control => include_str!("control.json"),
+        }
+    }
 }
 
 struct All {
     mode: SeccompMode,
-    vcpu: Compiled,
-    device: Compiled,
-    control: Compiled,
-    program: Compiled,
+    outer: BpfProgram,
+    /// By kind, on top of the outer one.
+    kinds: [BpfProgram; 3],
+    /// By kind, alone: for [`SeccompMode::Log`], where a thread can have only one filter.
+    alone: [BpfProgram; 3],
+    program: BpfProgram,
     /// Calls that a program is told do not exist: what it does instead can be checked.
     absent: BpfProgram,
 }
@@ -49,66 +72,82 @@ struct All {
 #[derive(Clone)]
 pub struct Filters(Arc<All>);
 
-const X86_64: TargetArch = TargetArch::x86_64;
-
-fn parse(list: List) -> Result<Vec<AllowedCall>, JailError> {
-    serde_json::from_str(list.1).map_err(|error| JailError::List {
-        list: list.0.to_owned(),
-        reason: error.to_string(),
-    })
-}
-
-fn compile(name: &'static str, calls: &[AllowedCall]) -> Result<Compiled, JailError> {
-    let wrong = |reason: String| JailError::List {
-        list: name.to_owned(),
+fn wrong(list: &str) -> impl Fn(String) -> JailError {
+    move |reason| JailError::List {
+        list: list.to_owned(),
         reason,
-    };
-    // The format of seccompiler, which only wants to know the actions too.
-    let filter = serde_json::json!({
-        name: { "mismatch_action": "kill_process", "match_action": "allow", "filter": calls }
-    });
-    let mut compiled = seccompiler::compile_from_json(filter.to_string().as_bytes(), X86_64)
-        .map_err(|error| wrong(error.to_string()))?;
-    let program = compiled
-        .remove(name)
-        .ok_or_else(|| wrong("it was not compiled".into()))?;
-    Ok(Compiled { name, program })
+    }
 }
 
-/// Tells that a system call does not exist.
-fn absent(number: i64) -> Result<BpfProgram, JailError> {
-    let rules = BTreeMap::from([(number, Vec::new())]);
-    SeccompFilter::new(
-        rules,
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::ENOSYS as u32),
-        X86_64,
-    )
-    .and_then(BpfProgram::try_from)
-    .map_err(|error| JailError::List {
-        list: "absent".into(),
-        reason: error.to_string(),
-    })
+fn parse(name: &str, list: &str) -> Result<Vec<AllowedCall>, JailError> {
+    serde_json::from_str(list).map_err(|error| wrong(name)(error.to_string()))
+}
+
+/// Adds a list to rules. A call that is allowed without conditions is allowed.
+fn add(rules: &mut Rules, name: &str, calls: &[AllowedCall]) -> Result<(), JailError> {
+    for call in calls {
+        let number: Sysno = call
+            .syscall
+            .parse()
+            .map_err(|()| wrong(name)(format!("there is no system call {}", call.syscall)))?;
+        if let Some(condition) = call.args.iter().find(|condition| condition.index > 5) {
+            return Err(wrong(name)(format!(
+                "{}: a system call has arguments 0 to 5, and no {}",
+                call.syscall, condition.index
+            )));
+        }
+        let mut args = call.args.clone();
+        for condition in &mut args {
+            condition.comment = None;
+        }
+        let known = rules.contains_key(&i64::from(number.id()));
+        let alternatives = rules.entry(number.id().into()).or_default();
+        if args.is_empty() {
+            alternatives.clear();
+        } else if !(known && alternatives.is_empty()) && !alternatives.contains(&args) {
+            alternatives.push(args);
+        }
+    }
+    Ok(())
 }
 
 impl Filters {
     pub(crate) fn new(policy: &Seccomp) -> Result<Self, JailError> {
-        let own;
-        let program = match &policy.allow {
-            Some(calls) => calls,
-            None => {
-                own = parse(PROGRAM)?;
-                &own
-            }
+        let common = parse("common", COMMON)?;
+        let mut outer = Rules::new();
+        add(&mut outer, "common", &common)?;
+        let mut kinds = Vec::new();
+        for kind in KINDS {
+            let own = parse(kind.name(), kind.list())?;
+            let mut rules = Rules::new();
+            add(&mut rules, "common", &common)?;
+            add(&mut rules, kind.name(), &own)?;
+            add(&mut outer, kind.name(), &own)?;
+            kinds.push((kind.name(), rules));
+        }
+        add(&mut outer, "setup", &parse("setup", SETUP)?)?;
+
+        let mut program = Rules::new();
+        match &policy.allow {
+            Some(calls) => add(&mut program, "seccomp.allow", calls)?,
+            None => add(&mut program, "program", &parse("program", PROGRAM)?)?,
+        }
+        let compile = |below: Option<&Rules>| -> Result<[BpfProgram; 3], JailError> {
+            let all: Result<Vec<BpfProgram>, JailError> = kinds
+                .iter()
+                .map(|(name, rules)| layout::compile(rules, below).map_err(wrong(name)))
+                .collect();
+            all?.try_into()
+                .map_err(|_| wrong("all")("there are three kinds".into()))
         };
         Ok(Self(Arc::new(All {
             mode: policy.mode,
-            vcpu: compile(VCPU.0, &parse(VCPU)?)?,
-            device: compile(DEVICE.0, &parse(DEVICE)?)?,
-            control: compile(CONTROL.0, &parse(CONTROL)?)?,
-            program: compile(PROGRAM.0, program)?,
+            kinds: compile(Some(&outer))?,
+            alone: compile(None)?,
+            outer: layout::compile(&outer, None).map_err(wrong("setup"))?,
+            program: layout::compile_plainly(&program).map_err(wrong("program"))?,
             // Its arguments are in memory, where a filter cannot see them; the C library then takes clone.
-            absent: absent(libc::SYS_clone3)?,
+            absent: layout::absent(libc::SYS_clone3).map_err(wrong("absent"))?,
         })))
     }
 
@@ -122,54 +161,57 @@ impl Filters {
     /// confined cannot make threads: make them first.
     ///
     /// # Errors
-    /// What the kernel says; `EBUSY` in [`SeccompMode::Log`] for a thread that has a filter.
+    /// What the kernel says; `EBUSY` in [`SeccompMode::Log`] for a thread that has such a filter.
     pub fn apply(&self, kind: ThreadKind) -> io::Result<()> {
-        let compiled = match kind {
-            ThreadKind::Vcpu => &self.0.vcpu,
-            ThreadKind::Device => &self.0.device,
-            ThreadKind::Control => &self.0.control,
+        let of = |[vcpu, device, control]: &[BpfProgram; 3]| -> BpfProgram {
+            match kind {
+                ThreadKind::Vcpu => vcpu,
+                ThreadKind::Device => device,
+                ThreadKind::Control => control,
+            }
+            .clone()
         };
         match self.0.mode {
             SeccompMode::Off => Ok(()),
-            SeccompMode::Kill => install(&compiled.program),
-            SeccompMode::Log => log::install(compiled.name, &handing_over(&compiled.program)),
+            SeccompMode::Kill => sys::install_filter(&of(&self.0.kinds)),
+            SeccompMode::Log => log::install(kind.name(), &handing_over(&of(&self.0.alone))),
+        }
+    }
+
+    /// Confines the calling process to what any of its threads may need, and to setting itself up: what the others are on top of.
+    pub(crate) fn apply_outer(&self) -> io::Result<()> {
+        match self.0.mode {
+            SeccompMode::Kill => sys::install_filter(&self.0.outer),
+            SeccompMode::Off | SeccompMode::Log => Ok(()),
         }
     }
 
     /// Confines the calling thread to the calls of a program, in [`SeccompMode::Kill`].
     pub(crate) fn apply_to_program(&self) -> io::Result<()> {
-        install(&self.0.absent)?;
-        install(&self.0.program.program)
+        sys::install_filter(&self.0.absent)?;
+        sys::install_filter(&self.0.program)
     }
 
     /// For [`SeccompMode::Log`]: installs the filter of a program for the calling process, whose descriptors the one that runs
     /// [`Filters::tell_of_program`] shares.
     pub(crate) fn hand_over_program(&self, listener: &std::sync::atomic::AtomicI32) -> io::Result<()> {
-        install(&self.0.absent)?;
-        crate::sys::listen_to_filter(&handing_over(&self.0.program.program), listener)
+        sys::install_filter(&self.0.absent)?;
+        sys::listen_to_filter(&handing_over(&self.0.program), listener)
     }
 
     /// Tells, from a thread of the calling process, of the calls that are not in a program's list, until nobody is left who
     /// could make any.
     pub(crate) fn tell_of_program(&self, listener: Arc<SharedWord>) -> io::Result<()> {
-        log::supervise_from_thread(self.0.program.name, listener)
+        log::supervise_from_thread("program", listener)
     }
-}
-
-fn install(program: &BpfProgram) -> io::Result<()> {
-    seccompiler::apply_filter(program).map_err(|error| match error {
-        seccompiler::Error::Prctl(error) | seccompiler::Error::Seccomp(error) => error,
-        other => io::Error::other(other.to_string()),
-    })
 }
 
 /// The same filter, which hands over what it would kill for.
 fn handing_over(program: &BpfProgram) -> BpfProgram {
     let mut program = program.clone();
-    let return_constant = (libc::BPF_RET | libc::BPF_K) as u16;
-    // The first three instructions check the processor's architecture: what another means by a number is not known here.
-    for instruction in program.iter_mut().skip(3) {
-        if instruction.code == return_constant && instruction.k == libc::SECCOMP_RET_KILL_PROCESS {
+    // The first instructions check the processor's architecture: what another means by a number is not known here.
+    for instruction in program.iter_mut().skip(layout::ARCHITECTURE_CHECK) {
+        if instruction.code == layout::RETURN && instruction.k == libc::SECCOMP_RET_KILL_PROCESS {
             instruction.k = libc::SECCOMP_RET_USER_NOTIF;
         }
     }

@@ -8,7 +8,7 @@ use picovm_engine::TemplateSpec;
 use picovm_guest_protocol::{ContainerSpec, Frame, FrameDecoder, Identity};
 use picovm_vmm::{ForkOptions, FreezeOptions, Machine, MachineConfig, Outcome, Template};
 
-use crate::harness::{Guest, MEMORY_MIB, hostile_files, store, the_neighbour_is_whole};
+use crate::harness::{Guest, MEMORY_MIB, children, hostile_files, run, store, the_neighbour_is_whole};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -192,6 +192,38 @@ fn a_template_with_work_without_end() {
         drop(clone);
         assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
     }
+}
+
+/// A VMM process that its guest has taken over may not end when it is told to. Here it stands still.
+#[test]
+fn a_vmm_process_that_does_not_end() {
+    let begun = Instant::now();
+    let mut picovm = run(Guest::Container, &["--timeout", "2s"], &["sleep", "60"])
+        .stdin(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let vmm = loop {
+        if let [vmm] = children(picovm.id())[..] {
+            break vmm;
+        }
+        assert!(begun.elapsed() < PATIENCE, "no VMM process");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    rustix::process::kill_process(vmm, rustix::process::Signal::STOP).unwrap();
+    let status = loop {
+        if let Some(status) = picovm.try_wait().unwrap() {
+            break status;
+        }
+        assert!(begun.elapsed() < PATIENCE, "picovm waits for ever");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    println!("{status} after {} ms", begun.elapsed().as_millis());
+    assert_eq!(status.code(), Some(124));
+    assert!(
+        rustix::process::test_kill_process(vmm).is_err(),
+        "its VMM process is still there"
+    );
+    the_neighbour_is_whole(Guest::Container);
 }
 
 /// Whatever was done in their clones before this: every template of the store is, byte by byte, what was frozen.

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -165,6 +166,15 @@ impl Template {
             .identity_pages
             .len()
             .saturating_mul(picovm_guest_protocol::trap::PAGE_SIZE)
+    }
+
+    /// The descriptors that a process needs of this template to fork clones of it.
+    #[must_use]
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let disks = self.shared.iter().flatten().map(AsFd::as_fd);
+        // SAFETY: /dev/kvm is open for as long as the template, which is borrowed.
+        let kvm = unsafe { BorrowedFd::borrow_raw(self.kvm.as_raw_fd()) };
+        [kvm, self.memory.as_fd()].into_iter().chain(disks).collect()
     }
 
     /// Which pages a start touches, if that was recorded.
