@@ -174,6 +174,11 @@ pub fn children(process: u32) -> Vec<Pid> {
         .collect()
 }
 
+/// Whether a process runs a guest, which has touched some of its memory.
+pub fn has_guest(process: Pid) -> bool {
+    memory_of(process.as_raw_nonzero().get().unsigned_abs()).is_some_and(|(_, guest)| guest > 1 << 20)
+}
+
 /// The same of `picovm` and the VMM process that is its child, whichever is more.
 fn most_memory(picovm: u32) -> (u64, u64) {
     children(picovm)

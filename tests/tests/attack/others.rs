@@ -8,7 +8,9 @@ use picovm_engine::TemplateSpec;
 use picovm_guest_protocol::{ContainerSpec, Frame, FrameDecoder, Identity};
 use picovm_vmm::{ForkOptions, FreezeOptions, Machine, MachineConfig, Outcome, Template};
 
-use crate::harness::{Guest, MEMORY_MIB, children, hostile_files, run, store, the_neighbour_is_whole};
+use crate::harness::{
+    Guest, MEMORY_MIB, children, has_guest, hostile_files, run, store, the_neighbour_is_whole,
+};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -197,13 +199,17 @@ fn a_template_with_work_without_end() {
 /// A VMM process that its guest has taken over may not end when it is told to. Here it stands still.
 #[test]
 fn a_vmm_process_that_does_not_end() {
+    the_neighbour_is_whole(Guest::Container);
     let begun = Instant::now();
     let mut picovm = run(Guest::Container, &["--timeout", "2s"], &["sleep", "60"])
         .stdin(std::process::Stdio::null())
         .spawn()
         .unwrap();
     let vmm = loop {
-        if let [vmm] = children(picovm.id())[..] {
+        // Its guest runs, so that it is ready to be told.
+        if let [vmm] = children(picovm.id())[..]
+            && has_guest(vmm)
+        {
             break vmm;
         }
         assert!(begun.elapsed() < PATIENCE, "no VMM process");
@@ -219,6 +225,7 @@ fn a_vmm_process_that_does_not_end() {
     };
     println!("{status} after {} ms", begun.elapsed().as_millis());
     assert_eq!(status.code(), Some(124));
+    assert!(begun.elapsed() > Duration::from_secs(4), "it did not stand still");
     assert!(
         rustix::process::test_kill_process(vmm).is_err(),
         "its VMM process is still there"
