@@ -58,6 +58,12 @@ fn run() -> anyhow::Result<u8> {
 
     let (walls, kind) = how.split_once(':').unwrap_or((how, "control"));
     if walls == "free" {
+        // What it does to mounts and names must not reach the other tests.
+        let own = rustix::thread::UnshareFlags::NEWNS | rustix::thread::UnshareFlags::NEWUTS;
+        // SAFETY: descriptors and memory stay as they are.
+        unsafe { rustix::thread::unshare_unsafe(own) }?;
+        let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private)?;
         return Ok(try_it(attack));
     }
     let kind = match kind {

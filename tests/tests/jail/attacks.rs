@@ -21,7 +21,8 @@ struct Prey {
 
 impl Prey {
     fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        // A file system whose files have handles.
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let template = directory.path().join("memory");
         std::fs::write(&template, b"memory of another template").unwrap();
         std::fs::set_permissions(&template, std::fs::Permissions::from_mode(0o644)).unwrap();
