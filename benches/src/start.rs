@@ -258,12 +258,12 @@ fn pooled(pool: &mut Pool) -> anyhow::Result<[f64; 2]> {
     std::thread::sleep(PARKED);
 
     let null = std::fs::File::open("/dev/null")?;
+    let _prompt = Prompt::begin();
     let start = Instant::now();
     let (mut output, theirs) = std::io::pipe()?;
     let streams = [null.as_fd(), theirs.as_fd(), theirs.as_fd()];
     let container = pool.start(&ContainerOptions::command(["echo", WORD]), streams)?;
     drop(theirs);
-    let _prompt = Prompt::begin();
     let mut bytes = [0u8; 4096];
     let count = output.read(&mut bytes)?;
     let first = Instant::now();

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 
 use picovm_vmm::{ForkOptions, Template};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -140,8 +141,14 @@ fn park_and_run(
     let failed = EngineError::host;
     let machine = {
         let _batch = Batch::begin();
+        let confine = filters.on_thread();
         let mut machine = template.fork(ForkOptions {
-            on_thread: filters.on_thread(),
+            on_thread: Some(Arc::new(move |kind| {
+                scheduling::end_batch();
+                if let Some(confine) = &confine {
+                    confine(kind);
+                }
+            })),
             ..ForkOptions::default()
         })?;
         if let (Parking::Prefaulted, Some(set)) = (parking, template.working_set()) {

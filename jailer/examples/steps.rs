@@ -10,7 +10,8 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use picovm_jailer::{Cgroup, Jailer, Mode, Namespaces, Policy, Resource, SeccompMode, ThreadKind};
+use anyhow::Context;
+use picovm_jailer::{Cgroup, Jailer, Mode, Namespaces, Policy, Resource, ThreadKind};
 
 const ROUNDS: usize = 41;
 
@@ -33,11 +34,7 @@ fn print(title: &str, rounds: &[Round]) {
 }
 
 /// Spawns jails one after the other; to the first instruction of their work, and of what each does then.
-fn spawn(
-    policy: &Policy,
-    prepared: bool,
-    kinds: &[(&'static str, ThreadKind)],
-) -> anyhow::Result<Vec<Round>> {
+fn spawn(policy: &Policy, prepared: bool, kinds: &[(&'static str, ThreadKind)]) -> anyhow::Result<Vec<Round>> {
     let mut rounds = Vec::new();
     let mut jailer = Jailer::new(policy.clone(), Mode::of_caller())?;
     if prepared {
@@ -79,10 +76,7 @@ fn spawn(
             .iter()
             .map(|time| Duration::from_nanos(u64::from_le_bytes(*time)));
         round.push(("spawn returns", spawned));
-        round.push((
-            "to the first instruction of its work",
-            times.next().unwrap_or_default(),
-        ));
+        round.push(("to the first instruction of its work", times.next().unwrap_or_default()));
         for ((name, _), time) in kinds.iter().zip(times) {
             round.push((name, time));
         }
@@ -92,7 +86,15 @@ fn spawn(
     Ok(rounds)
 }
 
-fn main() -> anyhow::Result<()> {
+/// A policy and what is spawned with it.
+struct Measurement {
+    title: &'static str,
+    policy: Policy,
+    prepared: bool,
+    kinds: Vec<(&'static str, ThreadKind)>,
+}
+
+fn measurements() -> Vec<Measurement> {
     let bare = Policy {
         namespaces: Namespaces {
             mount: false,
@@ -104,13 +106,6 @@ fn main() -> anyhow::Result<()> {
         },
         ..Policy::default()
     };
-    let with = |change: fn(&mut Policy)| {
-        let mut policy = bare.clone();
-        // Slots are used again only where nothing can stay in them.
-        policy.namespaces.pid = true;
-        change(&mut policy);
-        policy
-    };
     let limits = |policy: &mut Policy| {
         policy.cgroup = Some(Cgroup {
             memory: Some(1 << 30),
@@ -119,54 +114,71 @@ fn main() -> anyhow::Result<()> {
             ..Cgroup::default()
         });
     };
-    let whole = {
-        let mut policy = Policy::default();
-        limits(&mut policy);
+    let with = |title, change: &dyn Fn(&mut Policy)| {
+        let mut policy = bare.clone();
+        // Slots are used again only where nothing can stay in them.
+        policy.namespaces.pid = true;
+        change(&mut policy);
+        Measurement {
+            title,
+            policy,
+            prepared: true,
+            kinds: Vec::new(),
+        }
+    };
+    let whole = |policy: &mut Policy| {
+        policy.namespaces = Namespaces::default();
+        limits(policy);
         policy.rlimits.insert(Resource::Core, 0);
         policy.rlimits.insert(Resource::OpenFiles, 64);
-        policy
     };
-    print("ids, capabilities, descriptors", &spawn(&bare, true, &[])?);
-    print("+ pid namespace", &spawn(&with(|_| ()), true, &[])?);
-    print(
-        "+ pid, ipc",
-        &spawn(&with(|policy| policy.namespaces.ipc = true), true, &[])?,
-    );
-    print(
-        "+ pid, uts",
-        &spawn(&with(|policy| policy.namespaces.uts = true), true, &[])?,
-    );
-    print(
-        "+ pid, net",
-        &spawn(&with(|policy| policy.namespaces.net = true), true, &[])?,
-    );
-    print(
-        "+ pid, mount, root",
-        &spawn(&with(|policy| policy.namespaces.mount = true), true, &[])?,
-    );
-    print(
-        "+ pid, user",
-        &spawn(&with(|policy| policy.namespaces.user = true), true, &[])?,
-    );
-    print("+ pid, cgroup", &spawn(&with(limits), true, &[])?);
-    let kinds = [
-        ("filter of a control thread", ThreadKind::Control),
-        ("filter of a device thread", ThreadKind::Device),
-        ("filter of a vCPU thread", ThreadKind::Vcpu),
+    let mut all = vec![
+        with("ids, capabilities, descriptors, pid namespace", &|_| ()),
+        with("the same without a pid namespace", &|policy| policy.namespaces.pid = false),
+        with("with an ipc namespace", &|policy| policy.namespaces.ipc = true),
+        with("with an uts namespace", &|policy| policy.namespaces.uts = true),
+        with("with a net namespace", &|policy| policy.namespaces.net = true),
+        with("with a mount namespace and root", &|policy| policy.namespaces.mount = true),
+        with("with a user namespace", &|policy| policy.namespaces.user = true),
+        with("with a cgroup", &limits),
+        with("whole", &whole),
     ];
-    for kind in &kinds {
-        print(
-            "whole, prepared",
-            &spawn(&whole, true, std::slice::from_ref(kind))?,
-        );
+    for kind in [
+        ("filter of a vCPU thread", ThreadKind::Vcpu),
+        ("filter of a device thread", ThreadKind::Device),
+        ("filter of a control thread", ThreadKind::Control),
+    ] {
+        let mut with_filter = with("whole", &whole);
+        with_filter.kinds.push(kind);
+        all.push(with_filter);
     }
-    let off = {
-        let mut policy = whole.clone();
-        policy.seccomp.mode = SeccompMode::Off;
-        policy
+    let mut unprepared = with("whole, nothing prepared, the outer filter included", &whole);
+    unprepared.prepared = false;
+    all.push(unprepared);
+    all
+}
+
+/// Each in a process of its own: a fork server is confined for good.
+fn main() -> anyhow::Result<()> {
+    let all = measurements();
+    let Some(which) = std::env::args().nth(1) else {
+        for which in 0..=all.len() {
+            let status = std::process::Command::new(std::env::current_exe()?)
+                .arg(which.to_string())
+                .status()?;
+            anyhow::ensure!(status.success(), "measurement {which} failed: {status}");
+        }
+        return Ok(());
     };
-    print("whole, nothing prepared", &spawn(&off, false, &[])?);
-    prepare(&whole)
+    let which: usize = which.parse()?;
+    match all.get(which) {
+        Some(measurement) => {
+            let rounds = spawn(&measurement.policy, measurement.prepared, &measurement.kinds)?;
+            print(measurement.title, &rounds);
+            Ok(())
+        }
+        None => prepare(&all.get(8).context("no policy")?.policy),
+    }
 }
 
 /// What preparing takes, off the path of a start.

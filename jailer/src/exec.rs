@@ -15,7 +15,7 @@ use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
 
 use crate::error::JailError;
 use crate::policy::SeccompMode;
-use crate::seccomp::Filters;
+use crate::seccomp::ProgramFilter;
 use crate::sys::{self, Forked, SharedWord};
 
 /// A program and its arguments.
@@ -104,8 +104,8 @@ impl Program {
 
 /// Runs a program to its end, under its filter, passing on every signal that arrives; its status, 128 + N if signal N ended it. To
 /// be called by a confined process, with all signals blocked: it is then process 1 of the jail.
-pub(crate) fn run_program(program: &Program, filters: &Filters) -> u8 {
-    match start(program, filters) {
+pub(crate) fn run_program(program: &Program, filter: &ProgramFilter) -> u8 {
+    match start(program, filter) {
         Ok(child) => serve(child),
         Err(error) => {
             eprintln!(
@@ -117,8 +117,8 @@ pub(crate) fn run_program(program: &Program, filters: &Filters) -> u8 {
     }
 }
 
-fn start(program: &Program, filters: &Filters) -> io::Result<Pid> {
-    let log = filters.mode() == SeccompMode::Log;
+fn start(program: &Program, filter: &ProgramFilter) -> io::Result<Pid> {
+    let log = filter.mode() == SeccompMode::Log;
     let listener = (*program.listener).as_ref();
     listener.store(-1, Ordering::SeqCst);
     // The descriptor of a filter that hands calls over appears in this process too.
@@ -127,9 +127,9 @@ fn start(program: &Program, filters: &Filters) -> io::Result<Pid> {
     let child = match unsafe { sys::fork(flags, None) }? {
         Forked::Parent(child, _) => child,
         Forked::Child => {
-            let filtered = match filters.mode() {
-                SeccompMode::Kill => filters.apply_to_program(),
-                SeccompMode::Log => filters.hand_over_program(listener),
+            let filtered = match filter.mode() {
+                SeccompMode::Kill => filter.apply(),
+                SeccompMode::Log => filter.hand_over(listener),
                 SeccompMode::Off => Ok(()),
             };
             if let Err(error) = filtered {
@@ -141,10 +141,10 @@ fn start(program: &Program, filters: &Filters) -> io::Result<Pid> {
             sys::exit_now(program.execute())
         }
     };
-    match filters.mode() {
+    match filter.mode() {
         // What the program can make of this process, if it can, is no more than itself.
-        SeccompMode::Kill => filters.apply_to_program()?,
-        SeccompMode::Log => filters.tell_of_program(program.listener.clone())?,
+        SeccompMode::Kill => filter.apply()?,
+        SeccompMode::Log => ProgramFilter::tell(program.listener.clone())?,
         SeccompMode::Off => {}
     }
     Ok(child)

@@ -190,8 +190,8 @@ impl Jailer {
     /// # Errors
     /// As [`Jailer::spawn`].
     pub fn spawn_program(&mut self, program: &Program) -> Result<Jail, JailError> {
-        let filters = self.filters.clone();
-        self.fork(&[0, 1, 2], || exec::run_program(program, &filters))
+        let filter = self.filters.of_program()?;
+        self.fork(&[0, 1, 2], || exec::run_program(program, &filter))
     }
 
     fn fork(&mut self, keep: &[RawFd], work: impl FnOnce() -> u8) -> Result<Jail, JailError> {

@@ -62,12 +62,33 @@ pub(crate) fn build(entries: &[RootEntry]) -> Result<(), Failure> {
         let place = place(&entry.path, *is_directory).map_err(failed("make a place in the root"))?;
         attach(tree, &place).map_err(failed("mount an entry of the root"))?;
     }
-    // The old root is stacked below the new one, and taken away (pivot_root(2)).
+    // The old root is stacked on the new one, and taken away (pivot_root(2)).
     rustix::process::pivot_root(".", ".").map_err(failed("change the root"))?;
-    rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(failed("let go of the host's root"))?;
+    let own = rustix::fs::fstat(&root).map_err(failed("look at the root"))?.st_dev;
+    // One by one: the host's root may have other mounts stacked on itself, and all of them are above ours now.
+    for _ in 0..STACKED_MAX {
+        rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(failed("let go of the host's root"))?;
+        if topmost()? == own {
+            break;
+        }
+    }
+    if topmost()? != own {
+        let error = io::Error::from_raw_os_error(libc::EBUSY);
+        return Err(("let go of all that is mounted on the host's root", error));
+    }
     sys::add_mount_attributes(root.as_fd(), libc::MOUNT_ATTR_RDONLY, false)
         .map_err(failed("make the root read-only"))?;
     rustix::process::chdir("/").map_err(failed("enter the root"))
+}
+
+/// Mounts on the host's root that are taken away at most; there is hardly ever one.
+const STACKED_MAX: usize = 16;
+
+/// The file system that is topmost at the root of the mount namespace: what a process that enters it finds.
+fn topmost() -> Result<u64, Failure> {
+    // Unlike `/` and `.`, the way up leads to what is stacked.
+    let found = rustix::fs::stat("/..").map_err(failed("look at the root"))?;
+    Ok(found.st_dev)
 }
 
 /// A copy of the mount that an entry names, not attached anywhere, with what may be done with it.

@@ -59,13 +59,17 @@ impl ThreadKind {
 struct All {
     mode: SeccompMode,
     outer: BpfProgram,
-    /// By kind, on top of the outer one.
+    /// By kind: on top of the outer one, or alone in [`SeccompMode::Log`], where a thread can have only one filter.
     kinds: [BpfProgram; 3],
-    /// By kind, alone: for [`SeccompMode::Log`], where a thread can have only one filter.
-    alone: [BpfProgram; 3],
-    program: BpfProgram,
-    /// Calls that a program is told do not exist: what it does instead can be checked.
+    /// Of a program, if the policy has one.
+    program: Option<Vec<AllowedCall>>,
+}
+
+/// The filter of a program, and that by which it is told that some calls do not exist: what it does instead can be checked.
+pub(crate) struct ProgramFilter {
     absent: BpfProgram,
+    program: BpfProgram,
+    mode: SeccompMode,
 }
 
 /// The filters of a policy, ready to be installed. Cheap to clone.
@@ -112,6 +116,7 @@ fn add(rules: &mut Rules, name: &str, calls: &[AllowedCall]) -> Result<(), JailE
 }
 
 impl Filters {
+    /// Compiles what VMM processes need.
     pub(crate) fn new(policy: &Seccomp) -> Result<Self, JailError> {
         let common = parse("common", COMMON)?;
         let mut outer = Rules::new();
@@ -127,28 +132,37 @@ impl Filters {
         }
         add(&mut outer, "setup", &parse("setup", SETUP)?)?;
 
+        let below = (policy.mode != SeccompMode::Log).then_some(&outer);
+        let compiled: Result<Vec<BpfProgram>, JailError> = kinds
+            .iter()
+            .map(|(name, rules)| layout::compile(rules, below).map_err(wrong(name)))
+            .collect();
+        Ok(Self(Arc::new(All {
+            mode: policy.mode,
+            kinds: compiled?
+                .try_into()
+                .map_err(|_| wrong("all")("there are three kinds".into()))?,
+            outer: layout::compile(&outer, None).map_err(wrong("setup"))?,
+            program: policy.allow.clone(),
+        })))
+    }
+
+    /// The filter of a program.
+    ///
+    /// # Errors
+    /// [`JailError::List`].
+    pub(crate) fn of_program(&self) -> Result<ProgramFilter, JailError> {
         let mut program = Rules::new();
-        match &policy.allow {
+        match &self.0.program {
             Some(calls) => add(&mut program, "seccomp.allow", calls)?,
             None => add(&mut program, "program", &parse("program", PROGRAM)?)?,
         }
-        let compile = |below: Option<&Rules>| -> Result<[BpfProgram; 3], JailError> {
-            let all: Result<Vec<BpfProgram>, JailError> = kinds
-                .iter()
-                .map(|(name, rules)| layout::compile(rules, below).map_err(wrong(name)))
-                .collect();
-            all?.try_into()
-                .map_err(|_| wrong("all")("there are three kinds".into()))
-        };
-        Ok(Self(Arc::new(All {
-            mode: policy.mode,
-            kinds: compile(Some(&outer))?,
-            alone: compile(None)?,
-            outer: layout::compile(&outer, None).map_err(wrong("setup"))?,
+        Ok(ProgramFilter {
             program: layout::compile_plainly(&program).map_err(wrong("program"))?,
             // Its arguments are in memory, where a filter cannot see them; the C library then takes clone.
             absent: layout::absent(libc::SYS_clone3).map_err(wrong("absent"))?,
-        })))
+            mode: self.0.mode,
+        })
     }
 
     /// What happens at a call that is not in a list.
@@ -163,18 +177,16 @@ impl Filters {
     /// # Errors
     /// What the kernel says; `EBUSY` in [`SeccompMode::Log`] for a thread that has such a filter.
     pub fn apply(&self, kind: ThreadKind) -> io::Result<()> {
-        let of = |[vcpu, device, control]: &[BpfProgram; 3]| -> BpfProgram {
-            match kind {
-                ThreadKind::Vcpu => vcpu,
-                ThreadKind::Device => device,
-                ThreadKind::Control => control,
-            }
-            .clone()
+        let [vcpu, device, control] = &self.0.kinds;
+        let program = match kind {
+            ThreadKind::Vcpu => vcpu,
+            ThreadKind::Device => device,
+            ThreadKind::Control => control,
         };
         match self.0.mode {
             SeccompMode::Off => Ok(()),
-            SeccompMode::Kill => sys::install_filter(&of(&self.0.kinds)),
-            SeccompMode::Log => log::install(kind.name(), &handing_over(&of(&self.0.alone))),
+            SeccompMode::Kill => sys::install_filter(program),
+            SeccompMode::Log => log::install(kind.name(), &handing_over(program)),
         }
     }
 
@@ -186,22 +198,29 @@ impl Filters {
         }
     }
 
-    /// Confines the calling thread to the calls of a program, in [`SeccompMode::Kill`].
-    pub(crate) fn apply_to_program(&self) -> io::Result<()> {
-        sys::install_filter(&self.0.absent)?;
-        sys::install_filter(&self.0.program)
+}
+
+impl ProgramFilter {
+    /// What happens at a call that is not in the list.
+    pub(crate) fn mode(&self) -> SeccompMode {
+        self.mode
     }
 
-    /// For [`SeccompMode::Log`]: installs the filter of a program for the calling process, whose descriptors the one that runs
-    /// [`Filters::tell_of_program`] shares.
-    pub(crate) fn hand_over_program(&self, listener: &std::sync::atomic::AtomicI32) -> io::Result<()> {
-        sys::install_filter(&self.0.absent)?;
-        sys::listen_to_filter(&handing_over(&self.0.program), listener)
+    /// Confines the calling thread, in [`SeccompMode::Kill`].
+    pub(crate) fn apply(&self) -> io::Result<()> {
+        sys::install_filter(&self.absent)?;
+        sys::install_filter(&self.program)
     }
 
-    /// Tells, from a thread of the calling process, of the calls that are not in a program's list, until nobody is left who
-    /// could make any.
-    pub(crate) fn tell_of_program(&self, listener: Arc<SharedWord>) -> io::Result<()> {
+    /// For [`SeccompMode::Log`]: installs the filter for the calling process, whose descriptors the one that runs
+    /// [`ProgramFilter::tell`] shares.
+    pub(crate) fn hand_over(&self, listener: &std::sync::atomic::AtomicI32) -> io::Result<()> {
+        sys::install_filter(&self.absent)?;
+        sys::listen_to_filter(&handing_over(&self.program), listener)
+    }
+
+    /// Tells, from a thread of the calling process, of the calls that are not in the list, until nobody is left who could make any.
+    pub(crate) fn tell(listener: Arc<SharedWord>) -> io::Result<()> {
         log::supervise_from_thread("program", listener)
     }
 }
