@@ -34,7 +34,11 @@ fn print(title: &str, rounds: &[Round]) {
 }
 
 /// Spawns jails one after the other; to the first instruction of their work, and of what each does then.
-fn spawn(policy: &Policy, prepared: bool, kinds: &[(&'static str, ThreadKind)]) -> anyhow::Result<Vec<Round>> {
+fn spawn(
+    policy: &Policy,
+    prepared: bool,
+    kinds: &[(&'static str, ThreadKind)],
+) -> anyhow::Result<Vec<Round>> {
     let mut rounds = Vec::new();
     let mut jailer = Jailer::new(policy.clone(), Mode::of_caller())?;
     if prepared {
@@ -76,7 +80,10 @@ fn spawn(policy: &Policy, prepared: bool, kinds: &[(&'static str, ThreadKind)]) 
             .iter()
             .map(|time| Duration::from_nanos(u64::from_le_bytes(*time)));
         round.push(("spawn returns", spawned));
-        round.push(("to the first instruction of its work", times.next().unwrap_or_default()));
+        round.push((
+            "to the first instruction of its work",
+            times.next().unwrap_or_default(),
+        ));
         for ((name, _), time) in kinds.iter().zip(times) {
             round.push((name, time));
         }
@@ -134,11 +141,15 @@ fn measurements() -> Vec<Measurement> {
     };
     let mut all = vec![
         with("ids, capabilities, descriptors, pid namespace", &|_| ()),
-        with("the same without a pid namespace", &|policy| policy.namespaces.pid = false),
+        with("the same without a pid namespace", &|policy| {
+            policy.namespaces.pid = false
+        }),
         with("with an ipc namespace", &|policy| policy.namespaces.ipc = true),
         with("with an uts namespace", &|policy| policy.namespaces.uts = true),
         with("with a net namespace", &|policy| policy.namespaces.net = true),
-        with("with a mount namespace and root", &|policy| policy.namespaces.mount = true),
+        with("with a mount namespace and root", &|policy| {
+            policy.namespaces.mount = true
+        }),
         with("with a user namespace", &|policy| policy.namespaces.user = true),
         with("with a cgroup", &limits),
         with("whole", &whole),
