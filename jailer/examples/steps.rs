@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use picovm_jailer::{Cgroup, Jailer, Mode, Namespaces, Policy, Resource, ThreadKind};
+use picovm_jailer::{Access, Cgroup, Jailer, Mode, Namespaces, Policy, Resource, RootEntry, ThreadKind};
 
 const ROUNDS: usize = 41;
 
@@ -34,7 +34,11 @@ fn print(title: &str, rounds: &[Round]) {
 }
 
 /// Spawns jails one after the other; to the first instruction of their work, and of what each does then.
-fn spawn(policy: &Policy, prepared: bool, kinds: &[(&'static str, ThreadKind)]) -> anyhow::Result<Vec<Round>> {
+fn spawn(
+    policy: &Policy,
+    prepared: bool,
+    kinds: &[(&'static str, ThreadKind)],
+) -> anyhow::Result<Vec<Round>> {
     let mut rounds = Vec::new();
     let mut jailer = Jailer::new(policy.clone(), Mode::of_caller())?;
     if prepared {
@@ -76,7 +80,10 @@ fn spawn(policy: &Policy, prepared: bool, kinds: &[(&'static str, ThreadKind)]) 
             .iter()
             .map(|time| Duration::from_nanos(u64::from_le_bytes(*time)));
         round.push(("spawn returns", spawned));
-        round.push(("to the first instruction of its work", times.next().unwrap_or_default()));
+        round.push((
+            "to the first instruction of its work",
+            times.next().unwrap_or_default(),
+        ));
         for ((name, _), time) in kinds.iter().zip(times) {
             round.push((name, time));
         }
@@ -128,17 +135,26 @@ fn measurements() -> Vec<Measurement> {
     };
     let whole = |policy: &mut Policy| {
         policy.namespaces = Namespaces::default();
+        policy.root.push(RootEntry {
+            path: "/dev/null".into(),
+            source: None,
+            access: Access::Device,
+        });
         limits(policy);
         policy.rlimits.insert(Resource::Core, 0);
         policy.rlimits.insert(Resource::OpenFiles, 64);
     };
     let mut all = vec![
         with("ids, capabilities, descriptors, pid namespace", &|_| ()),
-        with("the same without a pid namespace", &|policy| policy.namespaces.pid = false),
+        with("the same without a pid namespace", &|policy| {
+            policy.namespaces.pid = false
+        }),
         with("with an ipc namespace", &|policy| policy.namespaces.ipc = true),
         with("with an uts namespace", &|policy| policy.namespaces.uts = true),
         with("with a net namespace", &|policy| policy.namespaces.net = true),
-        with("with a mount namespace and root", &|policy| policy.namespaces.mount = true),
+        with("with a mount namespace and root", &|policy| {
+            policy.namespaces.mount = true
+        }),
         with("with a user namespace", &|policy| policy.namespaces.user = true),
         with("with a cgroup", &limits),
         with("whole", &whole),

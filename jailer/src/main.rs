@@ -71,7 +71,11 @@ fn main() -> ExitCode {
             // Each cause once: most messages name theirs themselves.
             let told = error.chain().skip(1).fold(error.to_string(), |told, cause| {
                 let cause = cause.to_string();
-                if told.contains(&cause) { told } else { format!("{told}: {cause}") }
+                if told.contains(&cause) {
+                    told
+                } else {
+                    format!("{told}: {cause}")
+                }
             });
             eprintln!("picovm-jailer: {told}");
             ExitCode::from(OWN_ERROR)

@@ -64,7 +64,9 @@ pub(crate) fn build(entries: &[RootEntry]) -> Result<(), Failure> {
     }
     // The old root is stacked on the new one, and taken away (pivot_root(2)).
     rustix::process::pivot_root(".", ".").map_err(failed("change the root"))?;
-    let own = rustix::fs::fstat(&root).map_err(failed("look at the root"))?.st_dev;
+    let own = rustix::fs::fstat(&root)
+        .map_err(failed("look at the root"))?
+        .st_dev;
     // One by one: the host's root may have other mounts stacked on itself, and all of them are above ours now.
     for _ in 0..STACKED_MAX {
         rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(failed("let go of the host's root"))?;

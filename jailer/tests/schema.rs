@@ -32,9 +32,18 @@ fn what_cannot_be_is_refused_with_the_reason() {
         (r#"{ "root": [ { "path": "etc" } ] }"#, "no absolute path"),
         (r#"{ "root": [ { "path": "/" } ] }"#, "no absolute path"),
         (r#"{ "root": [ { "path": "/a/../b" } ] }"#, "no absolute path"),
-        (r#"{ "root": [ { "path": "/a", "source": "b" } ] }"#, "no absolute path"),
-        (r#"{ "root": [ { "path": "/a" }, { "path": "/a/b" } ] }"#, "in each other's way"),
-        (r#"{ "root": [ { "path": "/a" } ], "namespaces": { "mount": false } }"#, "namespaces.mount"),
+        (
+            r#"{ "root": [ { "path": "/a", "source": "b" } ] }"#,
+            "no absolute path",
+        ),
+        (
+            r#"{ "root": [ { "path": "/a" }, { "path": "/a/b" } ] }"#,
+            "in each other's way",
+        ),
+        (
+            r#"{ "root": [ { "path": "/a" } ], "namespaces": { "mount": false } }"#,
+            "namespaces.mount",
+        ),
         (r#"{ "ids": { "first": 0 } }"#, "no range without root"),
         (r#"{ "ids": { "first": 4294967000 } }"#, "no range without root"),
         (r#"{ "ids": { "count": 0 } }"#, "no range without root"),

@@ -81,13 +81,18 @@ fn instruction(code: u16, k: u32) -> sock_filter {
 pub(super) fn compile(rules: &Rules, below: Option<&Rules>) -> Result<BpfProgram, String> {
     let mut checks = Vec::new();
     let mut known: Vec<(u32, Outcome)> = Vec::new();
-    let numbers: BTreeSet<i64> = rules.keys().chain(below.into_iter().flatten().map(|(number, _)| number)).copied().collect();
+    let numbers: BTreeSet<i64> = rules
+        .keys()
+        .chain(below.into_iter().flatten().map(|(number, _)| number))
+        .copied()
+        .collect();
     for number in numbers {
         let outcome = match rules.get(&number) {
             None => Outcome::Kill,
             // What is below has checked just that.
             Some(alternatives)
-                if alternatives.is_empty() || below.and_then(|below| below.get(&number)) == Some(alternatives) =>
+                if alternatives.is_empty()
+                    || below.and_then(|below| below.get(&number)) == Some(alternatives) =>
             {
                 Outcome::Allow
             }
@@ -114,12 +119,18 @@ pub(super) fn compile(rules: &Rules, below: Option<&Rules>) -> Result<BpfProgram
 pub(super) fn compile_plainly(rules: &Rules) -> Result<BpfProgram, String> {
     let mut all = BTreeMap::new();
     for (number, alternatives) in rules {
-        let alternatives: Result<Vec<SeccompRule>, String> = alternatives.iter().map(|all| rule(all)).collect();
+        let alternatives: Result<Vec<SeccompRule>, String> =
+            alternatives.iter().map(|all| rule(all)).collect();
         all.insert(*number, alternatives?);
     }
-    SeccompFilter::new(all, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)
-        .and_then(BpfProgram::try_from)
-        .map_err(|error| error.to_string())
+    SeccompFilter::new(
+        all,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )
+    .and_then(BpfProgram::try_from)
+    .map_err(|error| error.to_string())
 }
 
 fn rule(conditions: &[ArgumentCondition]) -> Result<SeccompRule, String> {
@@ -170,7 +181,11 @@ fn check(number: i64, alternatives: &[Vec<ArgumentCondition>]) -> Result<Check, 
     // The last instruction is for other numbers.
     program.pop();
     let begins = ARCHITECTURE_CHECK + NUMBER_CHECK;
-    if program.get(begins.saturating_sub(1)).map(|compare| i64::from(compare.k)) != Some(number) {
+    if program
+        .get(begins.saturating_sub(1))
+        .map(|compare| i64::from(compare.k))
+        != Some(number)
+    {
         return Err("seccompiler lays out its programs in another way than this version knows".into());
     }
     Ok(Check::Program(program.split_off(begins)))
@@ -240,12 +255,7 @@ fn tree(segments: &[(u32, Outcome)], nodes: &mut Vec<Node>) -> Target {
 }
 
 /// Puts the comparisons, then the conditions, then the two ends.
-fn place(
-    program: &mut BpfProgram,
-    root: Target,
-    nodes: &[Node],
-    checks: &[Check],
-) -> Result<(), String> {
+fn place(program: &mut BpfProgram, root: Target, nodes: &[Node], checks: &[Check]) -> Result<(), String> {
     let tree = program.len();
     let mut next = tree.saturating_add(nodes.len());
     let mut begins = Vec::new();
@@ -288,7 +298,11 @@ fn place(
                 program.push(instruction(LOAD, offset));
                 for (index, value) in values.iter().enumerate() {
                     let after = program.len().saturating_add(1);
-                    let no = if index.saturating_add(1) == values.len() { jump(after, kill)? } else { 0 };
+                    let no = if index.saturating_add(1) == values.len() {
+                        jump(after, kill)?
+                    } else {
+                        0
+                    };
                     program.push(sock_filter {
                         code: JUMP_IF_EQUAL,
                         jt: jump(after, allow)?,

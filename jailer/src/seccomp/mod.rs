@@ -197,7 +197,6 @@ impl Filters {
             SeccompMode::Off | SeccompMode::Log => Ok(()),
         }
     }
-
 }
 
 impl ProgramFilter {

@@ -12,7 +12,11 @@ fn run(program: &[sock_filter], number: u32, architecture: u32, arguments: &[u64
             4 => architecture,
             16..64 => {
                 let argument = arguments[(offset as usize - 16) / 8];
-                if offset % 8 == 0 { argument as u32 } else { (argument >> 32) as u32 }
+                if offset % 8 == 0 {
+                    argument as u32
+                } else {
+                    (argument >> 32) as u32
+                }
             }
             _ => panic!("no such word: {offset}"),
         }
@@ -72,7 +76,12 @@ fn samples() -> Vec<[u64; 6]> {
     let mut values = BTreeSet::from([0, 1, 2, u64::MAX, 1 << 32]);
     for alternatives in outer().values() {
         for condition in alternatives.iter().flatten() {
-            values.extend([condition.val, condition.val ^ 1, condition.val | 1 << 40, condition.val | 4]);
+            values.extend([
+                condition.val,
+                condition.val ^ 1,
+                condition.val | 1 << 40,
+                condition.val | 4,
+            ]);
         }
     }
     values.into_iter().map(|value| [value; 6]).collect()
@@ -80,7 +89,9 @@ fn samples() -> Vec<[u64; 6]> {
 
 /// Every number, those of the x32 ABI, and some that do not exist.
 fn numbers() -> impl Iterator<Item = u32> {
-    (0..600).chain(0x4000_0000..0x4000_0220).chain([u32::MAX, 0x8000_0000])
+    (0..600)
+        .chain(0x4000_0000..0x4000_0220)
+        .chain([u32::MAX, 0x8000_0000])
 }
 
 #[test]
@@ -100,7 +111,10 @@ fn the_short_layout_decides_as_seccompiler_does() {
         assert!(short.len() <= plain.len() + 1);
         for number in numbers() {
             for arguments in &samples {
-                let (one, other) = (run(&plain, number, X86_64, arguments), run(&short, number, X86_64, arguments));
+                let (one, other) = (
+                    run(&plain, number, X86_64, arguments),
+                    run(&short, number, X86_64, arguments),
+                );
                 assert_eq!(one, other, "{number} {arguments:x?}");
             }
         }
@@ -116,13 +130,23 @@ fn on_top_of_the_outer_filter_a_kind_is_what_it_is_alone() {
         let rules = of(kind);
         let alone = layout::compile_plainly(&rules).unwrap();
         let above = layout::compile(&rules, Some(&outer)).unwrap();
-        println!("{}: {} instructions on top of {}", kind.name(), above.len(), below.len());
+        println!(
+            "{}: {} instructions on top of {}",
+            kind.name(),
+            above.len(),
+            below.len()
+        );
         for number in numbers() {
             for arguments in &samples() {
                 // The kernel takes the sterner of the two.
                 let both = [&below, &above].map(|program| run(program, number, X86_64, arguments));
                 let both = if both == [ALLOW; 2] { ALLOW } else { KILL };
-                assert_eq!(both, run(&alone, number, X86_64, arguments), "{} {number} {arguments:x?}", kind.name());
+                assert_eq!(
+                    both,
+                    run(&alone, number, X86_64, arguments),
+                    "{} {number} {arguments:x?}",
+                    kind.name()
+                );
             }
         }
     }
@@ -150,7 +174,10 @@ fn numbers_of_ioctls_are_those_of_their_names() {
         ("KVM_CHECK_EXTENSION", number::<()>(NONE, 0x03)),
         ("KVM_GET_VCPU_MMAP_SIZE", number::<()>(NONE, 0x04)),
         ("KVM_CREATE_VCPU", number::<()>(NONE, 0x41)),
-        ("KVM_SET_USER_MEMORY_REGION", number::<kvm::kvm_userspace_memory_region>(WRITE, 0x46)),
+        (
+            "KVM_SET_USER_MEMORY_REGION",
+            number::<kvm::kvm_userspace_memory_region>(WRITE, 0x46),
+        ),
         ("KVM_SET_TSS_ADDR", number::<()>(NONE, 0x47)),
         ("KVM_CREATE_IRQCHIP", number::<()>(NONE, 0x60)),
         ("KVM_IRQ_LINE", number::<kvm::kvm_irq_level>(WRITE, 0x61)),
@@ -171,7 +198,10 @@ fn numbers_of_ioctls_are_those_of_their_names() {
         ("KVM_GET_TSC_KHZ", number::<()>(NONE, 0xa3)),
         ("KVM_SET_XSAVE", number::<kvm::kvm_xsave>(WRITE, 0xa5)),
         ("KVM_SET_XCRS", number::<kvm::kvm_xcrs>(WRITE, 0xa7)),
-        ("KVM_PRE_FAULT_MEMORY", number::<kvm::kvm_pre_fault_memory>(READ | WRITE, 0xd5)),
+        (
+            "KVM_PRE_FAULT_MEMORY",
+            number::<kvm::kvm_pre_fault_memory>(READ | WRITE, 0xd5),
+        ),
         ("FIONBIO", libc::FIONBIO),
     ];
     let mut lists = vec![("setup", SETUP)];
@@ -201,7 +231,11 @@ fn what_is_no_list_is_refused_with_the_reason() {
         let calls = serde_json::from_str::<Vec<AllowedCall>>(json).map_err(|error| error.to_string())?;
         add(&mut Rules::new(), "mine", &calls).map_err(|error| error.to_string())
     };
-    assert!(told(r#"[{"syscall": "reed"}]"#).unwrap_err().contains("no system call reed"));
+    assert!(
+        told(r#"[{"syscall": "reed"}]"#)
+            .unwrap_err()
+            .contains("no system call reed")
+    );
     assert!(told(r#"[{"syscal": "read"}]"#).is_err());
     let bad = r#"[{"syscall": "read", "args": [{"index": 6, "type": "dword", "op": "eq", "val": 0}]}]"#;
     assert!(told(bad).unwrap_err().contains("arguments 0 to 5"));
@@ -212,11 +246,17 @@ fn what_is_no_list_is_refused_with_the_reason() {
 fn a_call_that_is_listed_with_and_without_conditions_needs_none() {
     let condition = ArgumentConditionText::DWORD_0_IS_1;
     let with = format!(r#"[{{"syscall": "read", "args": [{condition}]}}]"#);
-    for (first, second) in [(with.as_str(), r#"[{"syscall": "read"}]"#), (r#"[{"syscall": "read"}]"#, &with)] {
+    for (first, second) in [
+        (with.as_str(), r#"[{"syscall": "read"}]"#),
+        (r#"[{"syscall": "read"}]"#, &with),
+    ] {
         let both = rules(&[("first", first), ("second", second)]);
         assert_eq!(both.get(&0).map(Vec::len), Some(0));
     }
-    assert_eq!(rules(&[("one", &with), ("two", &with)]).get(&0).map(Vec::len), Some(1));
+    assert_eq!(
+        rules(&[("one", &with), ("two", &with)]).get(&0).map(Vec::len),
+        Some(1)
+    );
 }
 
 struct ArgumentConditionText;

@@ -42,13 +42,20 @@ pub fn path(text: &str) -> CString {
 pub fn open(name: &str, flags: i32) -> io::Result<RawFd> {
     let name = path(name);
     let here = libc::AT_FDCWD as usize;
-    call(libc::SYS_openat, [here, name.as_ptr() as usize, flags as usize, 0o600]).map(|fd| fd as RawFd)
+    call(
+        libc::SYS_openat,
+        [here, name.as_ptr() as usize, flags as usize, 0o600],
+    )
+    .map(|fd| fd as RawFd)
 }
 
 /// Writes a byte where one is, so that nothing changes.
 pub fn write_something(descriptor: RawFd) -> io::Result<()> {
     let mut byte = [0u8];
-    call(libc::SYS_pread64, [descriptor as usize, address_mut(&mut byte), 1, 0])?;
+    call(
+        libc::SYS_pread64,
+        [descriptor as usize, address_mut(&mut byte), 1, 0],
+    )?;
     call(libc::SYS_pwrite64, [descriptor as usize, address(&byte), 1, 0]).map(drop)
 }
 

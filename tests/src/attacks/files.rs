@@ -12,9 +12,16 @@ pub fn host_file() -> io::Result<()> {
 }
 
 pub fn proc_of_others() -> io::Result<()> {
-    let file = open(&format!("/proc/{}/environ", prey::of(prey::PROCESS)), libc::O_RDONLY)?;
+    let file = open(
+        &format!("/proc/{}/environ", prey::of(prey::PROCESS)),
+        libc::O_RDONLY,
+    )?;
     let mut bytes = [0u8; 16];
-    call(libc::SYS_read, [file as usize, address_mut(&mut bytes), bytes.len()]).map(drop)
+    call(
+        libc::SYS_read,
+        [file as usize, address_mut(&mut bytes), bytes.len()],
+    )
+    .map(drop)
 }
 
 pub fn other_template() -> io::Result<()> {
@@ -33,7 +40,16 @@ pub fn make_device() -> io::Result<()> {
     let _ = call(libc::SYS_unlink, [path("/attacked-node").as_ptr() as usize]);
     let node = path("/attacked-node");
     let null = 1 << 8 | 3;
-    call(libc::SYS_mknodat, [HERE, node.as_ptr() as usize, (libc::S_IFCHR | 0o600) as usize, null]).map(drop)
+    call(
+        libc::SYS_mknodat,
+        [
+            HERE,
+            node.as_ptr() as usize,
+            (libc::S_IFCHR | 0o600) as usize,
+            null,
+        ],
+    )
+    .map(drop)
 }
 
 pub fn own_cgroup() -> io::Result<()> {
@@ -88,7 +104,11 @@ pub fn template_mode() -> io::Result<()> {
 
 pub fn other_descriptor() -> io::Result<()> {
     let mut bytes = [0u8; 16];
-    call(libc::SYS_read, [SECRET as usize, address_mut(&mut bytes), bytes.len()]).map(drop)
+    call(
+        libc::SYS_read,
+        [SECRET as usize, address_mut(&mut bytes), bytes.len()],
+    )
+    .map(drop)
 }
 
 pub fn mount() -> io::Result<()> {
@@ -101,7 +121,11 @@ pub fn unmount() -> io::Result<()> {
     // Free, it must not take the host's root away: what it mounts before is taken away again.
     let _ = mount();
     let place = path("/");
-    call(libc::SYS_umount2, [place.as_ptr() as usize, libc::MNT_DETACH as usize]).map(drop)
+    call(
+        libc::SYS_umount2,
+        [place.as_ptr() as usize, libc::MNT_DETACH as usize],
+    )
+    .map(drop)
 }
 
 pub fn chroot_escape() -> io::Result<()> {
@@ -160,7 +184,10 @@ pub fn execute_memory() -> io::Result<()> {
     let program = tiny_program();
     let name = path("x");
     let file = call(libc::SYS_memfd_create, [name.as_ptr() as usize, 0])?;
-    call(libc::SYS_write, [file, address(program.as_slice()), program.len()])?;
+    call(
+        libc::SYS_write,
+        [file, address(program.as_slice()), program.len()],
+    )?;
     let (empty, none) = (path(""), [0usize]);
     call(
         libc::SYS_execveat,

@@ -12,7 +12,11 @@ pub fn priority() -> io::Result<()> {
 
 pub fn real_time() -> io::Result<()> {
     let priority = 1i32;
-    call(libc::SYS_sched_setscheduler, [0, libc::SCHED_FIFO as usize, address(&priority)]).map(drop)
+    call(
+        libc::SYS_sched_setscheduler,
+        [0, libc::SCHED_FIFO as usize, address(&priority)],
+    )
+    .map(drop)
 }
 
 pub fn lock_memory() -> io::Result<()> {
@@ -45,7 +49,10 @@ pub fn cpu_hog() -> io::Result<()> {
 fn processor_time() -> io::Result<Duration> {
     let mut time = [0u64; 2];
     let process = libc::CLOCK_PROCESS_CPUTIME_ID as usize;
-    call(libc::SYS_clock_gettime, [process, super::call::address_mut(&mut time)])?;
+    call(
+        libc::SYS_clock_gettime,
+        [process, super::call::address_mut(&mut time)],
+    )?;
     let [seconds, nanoseconds] = time;
     Ok(Duration::new(seconds, u32::try_from(nanoseconds).unwrap_or(0)))
 }

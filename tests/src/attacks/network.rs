@@ -6,7 +6,10 @@ use super::call::{address, call};
 use super::prey;
 
 fn socket(family: i32, kind: i32, protocol: i32) -> io::Result<usize> {
-    call(libc::SYS_socket, [family as usize, kind as usize, protocol as usize])
+    call(
+        libc::SYS_socket,
+        [family as usize, kind as usize, protocol as usize],
+    )
 }
 
 pub fn raw_socket() -> io::Result<()> {
@@ -66,5 +69,9 @@ pub fn interface() -> io::Result<()> {
         rest: [0; 22],
     };
     request.name[..2].copy_from_slice(b"lo");
-    call(libc::SYS_ioctl, [socket, libc::SIOCSIFFLAGS as usize, address(&request)]).map(drop)
+    call(
+        libc::SYS_ioctl,
+        [socket, libc::SIOCSIFFLAGS as usize, address(&request)],
+    )
+    .map(drop)
 }

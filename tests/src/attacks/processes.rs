@@ -28,7 +28,10 @@ pub fn process_memory() -> io::Result<()> {
         iov_base: 8 as *mut libc::c_void,
         iov_len: 1,
     };
-    let written = call(libc::SYS_process_vm_writev, [victim(), address(&ours), 1, address(&theirs), 1, 0]);
+    let written = call(
+        libc::SYS_process_vm_writev,
+        [victim(), address(&ours), 1, address(&theirs), 1, 0],
+    );
     match written {
         Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Ok(()),
         other => other.map(drop),
@@ -42,7 +45,11 @@ pub fn steal_descriptor() -> io::Result<()> {
 
 pub fn setns() -> io::Result<()> {
     let process = call(libc::SYS_pidfd_open, [victim(), 0])?;
-    call(libc::SYS_setns, [process, (libc::CLONE_NEWNS | libc::CLONE_NEWNET) as usize]).map(drop)
+    call(
+        libc::SYS_setns,
+        [process, (libc::CLONE_NEWNS | libc::CLONE_NEWNET) as usize],
+    )
+    .map(drop)
 }
 
 pub fn user_namespace() -> io::Result<()> {
@@ -93,7 +100,10 @@ pub fn shared_memory() -> io::Result<()> {
 /// # Errors
 /// As the system calls.
 pub fn share() -> io::Result<()> {
-    call(libc::SYS_shmget, [SHARED_MEMORY as usize, 4096, (libc::IPC_CREAT | 0o666) as usize])?;
+    call(
+        libc::SYS_shmget,
+        [SHARED_MEMORY as usize, 4096, (libc::IPC_CREAT | 0o666) as usize],
+    )?;
     let name = path(QUEUE);
     let flags = (libc::O_CREAT | libc::O_RDWR) as usize;
     call(libc::SYS_mq_open, [name.as_ptr() as usize, flags, 0o666, 0]).map(drop)
@@ -101,5 +111,9 @@ pub fn share() -> io::Result<()> {
 
 pub fn message_queue() -> io::Result<()> {
     let name = path(QUEUE);
-    call(libc::SYS_mq_open, [name.as_ptr() as usize, libc::O_RDWR as usize, 0, 0]).map(drop)
+    call(
+        libc::SYS_mq_open,
+        [name.as_ptr() as usize, libc::O_RDWR as usize, 0, 0],
+    )
+    .map(drop)
 }

@@ -12,7 +12,10 @@ pub fn kvm_ioctl() -> io::Result<()> {
 
 pub fn module() -> io::Result<()> {
     let (nonsense, none) = ([0u8; 64], path(""));
-    match call(libc::SYS_init_module, [address(&nonsense), nonsense.len(), none.as_ptr() as usize]) {
+    match call(
+        libc::SYS_init_module,
+        [address(&nonsense), nonsense.len(), none.as_ptr() as usize],
+    ) {
         // It was read as a module.
         Err(error) if error.raw_os_error() == Some(libc::ENOEXEC) => Ok(()),
         other => other.map(drop),
@@ -21,8 +24,15 @@ pub fn module() -> io::Result<()> {
 
 pub fn time() -> io::Result<()> {
     let mut now = [0i64; 2];
-    call(libc::SYS_clock_gettime, [libc::CLOCK_REALTIME as usize, address_mut(&mut now)])?;
-    call(libc::SYS_clock_settime, [libc::CLOCK_REALTIME as usize, address(&now)]).map(drop)
+    call(
+        libc::SYS_clock_gettime,
+        [libc::CLOCK_REALTIME as usize, address_mut(&mut now)],
+    )?;
+    call(
+        libc::SYS_clock_settime,
+        [libc::CLOCK_REALTIME as usize, address(&now)],
+    )
+    .map(drop)
 }
 
 pub fn host_name() -> io::Result<()> {
@@ -38,7 +48,11 @@ pub fn reboot() -> io::Result<()> {
 pub fn kernel_log() -> io::Result<()> {
     const READ_ALL: usize = 3;
     let mut bytes = vec![0u8; 4096];
-    call(libc::SYS_syslog, [READ_ALL, address_mut(bytes.as_mut_slice()), bytes.len()]).map(drop)
+    call(
+        libc::SYS_syslog,
+        [READ_ALL, address_mut(bytes.as_mut_slice()), bytes.len()],
+    )
+    .map(drop)
 }
 
 pub fn ports() -> io::Result<()> {
@@ -56,7 +70,11 @@ pub fn perf() -> io::Result<()> {
     let mut attributes = [0u32; 16];
     attributes[0] = 1;
     attributes[1] = 64;
-    call(libc::SYS_perf_event_open, [address(&attributes), usize::MAX, 0, usize::MAX, 0]).map(drop)
+    call(
+        libc::SYS_perf_event_open,
+        [address(&attributes), usize::MAX, 0, usize::MAX, 0],
+    )
+    .map(drop)
 }
 
 pub fn userfaultfd() -> io::Result<()> {
@@ -74,7 +92,13 @@ pub fn keyring() -> io::Result<()> {
     let keyring = -2isize as usize;
     call(
         libc::SYS_add_key,
-        [kind.as_ptr() as usize, name.as_ptr() as usize, address(b"x"), 1, keyring],
+        [
+            kind.as_ptr() as usize,
+            name.as_ptr() as usize,
+            address(b"x"),
+            1,
+            keyring,
+        ],
     )
     .map(drop)
 }
@@ -82,7 +106,11 @@ pub fn keyring() -> io::Result<()> {
 pub fn executable_memory() -> io::Result<()> {
     let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    call(libc::SYS_mmap, [0, 4096, protection as usize, flags as usize, usize::MAX, 0]).map(drop)
+    call(
+        libc::SYS_mmap,
+        [0, 4096, protection as usize, flags as usize, usize::MAX, 0],
+    )
+    .map(drop)
 }
 
 pub fn old_calls() -> io::Result<()> {
@@ -96,5 +124,9 @@ pub fn old_calls() -> io::Result<()> {
             out("r8") _, out("r9") _, out("r10") _, out("r11") _,
         );
     }
-    if result > 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(result.unsigned_abs() as i32)) }
+    if result > 0 {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(result.unsigned_abs() as i32))
+    }
 }

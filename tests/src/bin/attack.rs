@@ -62,7 +62,8 @@ fn run() -> anyhow::Result<u8> {
         let own = rustix::thread::UnshareFlags::NEWNS | rustix::thread::UnshareFlags::NEWUTS;
         // SAFETY: descriptors and memory stay as they are.
         unsafe { rustix::thread::unshare_unsafe(own) }?;
-        let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+        let private =
+            rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
         rustix::mount::mount_change("/", private)?;
         return Ok(try_it(attack));
     }

@@ -43,7 +43,10 @@ fn a_controller_of_version_1_limits_a_jail() {
         let policy = with_shell(r#", "cgroup": { "pids": 8, "memory": 67108864 }"#);
         let bomb = "for i in 1 2 3 4 5 6 7 8 9 10; do sleep 5 & done; echo all";
         let (_, out, err) = output(jailer(directory.path(), &policy, &["--", "/bin/sh", "-c", bomb]));
-        assert!(!legacy.0.path().join("picovm-jail").exists(), "its cgroup is left");
+        assert!(
+            !legacy.0.path().join("picovm-jail").exists(),
+            "its cgroup is left"
+        );
         (out, err)
     };
     hand_down("+pids");

@@ -17,7 +17,9 @@ fn sleeping(directory: &std::path::Path, members: &str) -> (Child, Vec<i32>) {
     .spawn()
     .unwrap();
     let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
     assert_eq!(line, "ready\n");
     let below = descendants(child.id() as i32);
     assert!(below.len() >= 2, "{below:?}");
@@ -26,13 +28,23 @@ fn sleeping(directory: &std::path::Path, members: &str) -> (Child, Vec<i32>) {
 
 fn descendants(of: i32) -> Vec<i32> {
     let children = std::fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
-    let children: Vec<i32> = children.split_whitespace().map(|pid| pid.parse().unwrap()).collect();
-    children.iter().flat_map(|&pid| std::iter::once(pid).chain(descendants(pid))).collect()
+    let children: Vec<i32> = children
+        .split_whitespace()
+        .map(|pid| pid.parse().unwrap())
+        .collect();
+    children
+        .iter()
+        .flat_map(|&pid| std::iter::once(pid).chain(descendants(pid)))
+        .collect()
 }
 
 fn gone(processes: &[i32]) -> bool {
     let begun = Instant::now();
-    while processes.iter().any(|pid| std::path::Path::new(&format!("/proc/{pid}/exe")).read_link().is_ok()) {
+    while processes.iter().any(|pid| {
+        std::path::Path::new(&format!("/proc/{pid}/exe"))
+            .read_link()
+            .is_ok()
+    }) {
         if begun.elapsed() > Duration::from_secs(10) {
             return false;
         }
@@ -56,7 +68,11 @@ fn a_jail_dies_with_its_parent_and_the_next_one_clears_up() {
     child.wait().unwrap();
     assert!(gone(&below), "{below:?}");
     // SIGKILL leaves no time to remove the cgroup. Its name is its id, and whoever has the id next takes it away.
-    let (status, _, err) = output(jailer(directory.path(), &with_shell(cgroup), &["--", "/bin/sh", "-c", "exit 0"]));
+    let (status, _, err) = output(jailer(
+        directory.path(),
+        &with_shell(cgroup),
+        &["--", "/bin/sh", "-c", "exit 0"],
+    ));
     assert_eq!(status, Some(0), "{err}");
     assert!(cgroups().is_empty());
 }
@@ -70,7 +86,9 @@ fn a_jail_that_may_outlives_its_parent() {
     child.wait().unwrap();
     std::thread::sleep(Duration::from_millis(300));
     let first = below.first().copied().unwrap();
-    let alive = std::path::Path::new(&format!("/proc/{first}/exe")).read_link().is_ok();
+    let alive = std::path::Path::new(&format!("/proc/{first}/exe"))
+        .read_link()
+        .is_ok();
     rustix::process::kill_process(
         rustix::process::Pid::from_raw(first).unwrap(),
         rustix::process::Signal::KILL,
@@ -96,12 +114,22 @@ fn nothing_is_left_behind_by_errors() {
         // More open files than a process may have.
         r#", "cgroup": { "pids": 8 }, "rlimits": { "open_files": 99999999999 }"#,
     ] {
-        let (status, _, err) = output(jailer(directory.path(), &with_shell(members), &["--", "/bin/sh", "-c", "exit 0"]));
+        let (status, _, err) = output(jailer(
+            directory.path(),
+            &with_shell(members),
+            &["--", "/bin/sh", "-c", "exit 0"],
+        ));
         assert_eq!(status, Some(125), "{members}: {err}");
-        assert!(err.starts_with("picovm-jailer: ") && err.contains("cannot"), "{err}");
+        assert!(
+            err.starts_with("picovm-jailer: ") && err.contains("cannot"),
+            "{err}"
+        );
     }
     let policy = r#"{ "cgroup": { "pids": 8 }, "root": [ { "path": "/nowhere" } ] }"#;
-    assert_eq!(output(jailer(directory.path(), policy, &["--", "x"])).0, Some(125));
+    assert_eq!(
+        output(jailer(directory.path(), policy, &["--", "x"])).0,
+        Some(125)
+    );
     assert!(cgroups().is_empty());
     assert_eq!(mounts(), before);
 }

@@ -51,7 +51,9 @@ fn shell_directory() -> PathBuf {
     let directory = std::env::temp_dir().join("picovm-jail-shell");
     if !directory.join("sh").exists() {
         std::fs::create_dir_all(&directory).unwrap();
-        for name in ["busybox", "sh", "sleep", "id", "ls", "cat", "kill", "dd", "unshare", "touch"] {
+        for name in [
+            "busybox", "sh", "sleep", "id", "ls", "cat", "kill", "dd", "unshare", "touch",
+        ] {
             let new = directory.join(format!(".{name}"));
             std::fs::copy("/bin/busybox", &new).expect("busybox-static is installed");
             std::fs::rename(new, directory.join(name)).unwrap();

@@ -10,7 +10,11 @@ use crate::{alone, cgroups, jailer, output, with_shell};
 fn a_program_sees_only_its_jail_and_its_status_comes_back() {
     let directory = tempfile::tempdir().unwrap();
     let script = "echo $(ls /) $(ls /dev) $$; touch /x; exit 7";
-    let (status, out, err) = output(jailer(directory.path(), &with_shell(""), &["--", "/bin/sh", "-c", script]));
+    let (status, out, err) = output(jailer(
+        directory.path(),
+        &with_shell(""),
+        &["--", "/bin/sh", "-c", script],
+    ));
     assert_eq!(out, "bin dev null 2", "{err}");
     assert_eq!(status, Some(7), "{err}");
     assert!(err.contains("Read-only file system"), "{err}");
@@ -20,13 +24,21 @@ fn a_program_sees_only_its_jail_and_its_status_comes_back() {
 fn each_jail_has_an_id_of_its_own() {
     let directory = tempfile::tempdir().unwrap();
     let start = || {
-        let mut command = jailer(directory.path(), &with_shell(""), &["--", "/bin/sh", "-c", "id -u; sleep 1"]);
+        let mut command = jailer(
+            directory.path(),
+            &with_shell(""),
+            &["--", "/bin/sh", "-c", "id -u; sleep 1"],
+        );
         command.stdout(Stdio::piped()).spawn().unwrap()
     };
     let all: Vec<_> = (0..3).map(|_| start()).collect();
     let mut ids: Vec<u32> = all
         .into_iter()
-        .map(|child| crate::text(&child.wait_with_output().unwrap().stdout).parse().unwrap())
+        .map(|child| {
+            crate::text(&child.wait_with_output().unwrap().stdout)
+                .parse()
+                .unwrap()
+        })
         .collect();
     ids.sort_unstable();
     ids.dedup();
@@ -39,7 +51,10 @@ fn statuses_are_those_of_a_shell() {
     let directory = tempfile::tempdir().unwrap();
     let run = |policy: &str, arguments: &[&str]| output(jailer(directory.path(), policy, arguments));
     let shell = with_shell("");
-    assert_eq!(run(&shell, &["--", "/bin/sh", "-c", "kill -TERM $$"]).0, Some(128 + 15));
+    assert_eq!(
+        run(&shell, &["--", "/bin/sh", "-c", "kill -TERM $$"]).0,
+        Some(128 + 15)
+    );
     let (status, _, err) = run(&shell, &["--", "nothing"]);
     assert_eq!(status, Some(127));
     assert!(err.contains("there is no nothing in the jail"), "{err}");
@@ -63,7 +78,10 @@ fn a_call_that_is_not_allowed_ends_the_program_or_is_told_of() {
     assert!(err.contains("--seccomp=log"), "{err}");
     let (status, _, err) = run(&[&["--seccomp=log"], unshare.as_slice()].concat());
     // It is let through, and refused by the walls.
-    assert!(status == Some(2) && err.contains("Operation not permitted"), "{err}");
+    assert!(
+        status == Some(2) && err.contains("Operation not permitted"),
+        "{err}"
+    );
     let told = format!("not in the list of program: unshare({:#x}", libc::CLONE_NEWNET);
     assert!(err.contains(&told), "{err}");
     assert_eq!(err.matches("unshare(0x").count(), 1, "{err}");
@@ -73,15 +91,30 @@ fn a_call_that_is_not_allowed_ends_the_program_or_is_told_of() {
 fn a_policy_can_have_a_list_of_its_own() {
     let directory = tempfile::tempdir().unwrap();
     let allow = |calls: &str| with_shell(&format!(r#", "seccomp": {{ "allow": [{calls}] }}"#));
-    let few = ["execve", "exit_group", "wait4", "rt_sigtimedwait", "kill", "rt_sigprocmask", "rt_sigaction"];
-    let calls: Vec<String> = few.iter().map(|name| format!(r#"{{ "syscall": "{name}" }}"#)).collect();
+    let few = [
+        "execve",
+        "exit_group",
+        "wait4",
+        "rt_sigtimedwait",
+        "kill",
+        "rt_sigprocmask",
+        "rt_sigaction",
+    ];
+    let calls: Vec<String> = few
+        .iter()
+        .map(|name| format!(r#"{{ "syscall": "{name}" }}"#))
+        .collect();
     let (status, _, err) = output(jailer(
         directory.path(),
         &allow(&calls.join(",")),
         &["--", "/bin/sh", "-c", "exit 0"],
     ));
     assert_eq!(status, Some(159), "a shell needs more: {err}");
-    let (status, _, err) = output(jailer(directory.path(), &allow(r#"{ "syscall": "reed" }"#), &["--", "/bin/sh"]));
+    let (status, _, err) = output(jailer(
+        directory.path(),
+        &allow(r#"{ "syscall": "reed" }"#),
+        &["--", "/bin/sh"],
+    ));
     assert_eq!(status, Some(125));
     assert!(err.contains("there is no system call reed"), "{err}");
 }
@@ -90,10 +123,14 @@ fn a_policy_can_have_a_list_of_its_own() {
 fn signals_are_passed_on() {
     let directory = tempfile::tempdir().unwrap();
     let script = "trap 'echo got; exit 9' TERM; echo ready; while :; do sleep 0.1; done";
-    let mut child = jailer(directory.path(), &with_shell(""), &["--", "/bin/sh", "-c", script])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = jailer(
+        directory.path(),
+        &with_shell(""),
+        &["--", "/bin/sh", "-c", script],
+    )
+    .stdout(Stdio::piped())
+    .spawn()
+    .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "ready");
     rustix::process::kill_process(
@@ -154,16 +191,27 @@ fn without_root_there_is_a_jail_too() {
 #[test]
 fn a_mount_on_the_hosts_root_does_not_show_through() {
     let directory = tempfile::tempdir().unwrap();
-    let jail = jailer(directory.path(), &with_shell(""), &["--", "/bin/sh", "-c", "echo $(ls / /..)"]);
+    let jail = jailer(
+        directory.path(),
+        &with_shell(""),
+        &["--", "/bin/sh", "-c", "echo $(ls / /..)"],
+    );
     let inner: Vec<String> = std::iter::once(jail.get_program())
         .chain(jail.get_args())
         .map(|part| part.to_string_lossy().into_owned())
         .collect();
-    let script = format!("mount -t tmpfs one / && mount -t tmpfs two / && exec {}", quoted(&inner));
+    let script = format!(
+        "mount -t tmpfs one / && mount -t tmpfs two / && exec {}",
+        quoted(&inner)
+    );
     let mut command = std::process::Command::new("unshare");
     command.args(["--mount", "sh", "-c", &script]);
     let (status, out, err) = output(command);
-    assert_eq!((status, out.as_str()), (Some(0), "/: bin dev /..: bin dev"), "{err}");
+    assert_eq!(
+        (status, out.as_str()),
+        (Some(0), "/: bin dev /..: bin dev"),
+        "{err}"
+    );
 }
 
 fn quoted(words: &[String]) -> String {
