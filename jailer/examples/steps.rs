@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use picovm_jailer::{Cgroup, Jailer, Mode, Namespaces, Policy, Resource, ThreadKind};
+use picovm_jailer::{Access, Cgroup, Jailer, Mode, Namespaces, Policy, Resource, RootEntry, ThreadKind};
 
 const ROUNDS: usize = 41;
 
@@ -135,6 +135,11 @@ fn measurements() -> Vec<Measurement> {
     };
     let whole = |policy: &mut Policy| {
         policy.namespaces = Namespaces::default();
+        policy.root.push(RootEntry {
+            path: "/dev/null".into(),
+            source: None,
+            access: Access::Device,
+        });
         limits(policy);
         policy.rlimits.insert(Resource::Core, 0);
         policy.rlimits.insert(Resource::OpenFiles, 64);

@@ -31,6 +31,7 @@ mod exec;
 mod ids;
 mod jail;
 mod jailer;
+mod limits;
 mod policy;
 mod root;
 mod seccomp;

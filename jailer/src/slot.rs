@@ -130,7 +130,11 @@ fn make_namespaces(namespaces: &Namespaces, entries: &[RootEntry]) -> Result<Vec
     let heard = told.read_to_end(&mut complaint);
     let opened = open_namespaces(pid, &wanted);
     drop(hold);
-    jail::reap(&descriptor)?;
+    let ended = jail::reap(&descriptor)?;
+    if let Some(signal) = ended.terminating_signal() {
+        let error = std::io::Error::other(format!("the process that does it was ended by signal {signal}"));
+        return Err(JailError::host("make namespaces for a jail")(error));
+    }
     heard.map_err(JailError::host("hear from the process that makes namespaces"))?;
     match jail::decode_complaint(&complaint) {
         Some(failed) => Err(failed),

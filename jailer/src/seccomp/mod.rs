@@ -104,11 +104,13 @@ fn add(rules: &mut Rules, name: &str, calls: &[AllowedCall]) -> Result<(), JailE
         for condition in &mut args {
             condition.comment = None;
         }
-        let known = rules.contains_key(&i64::from(number.id()));
+        let always = rules
+            .get(&i64::from(number.id()))
+            .is_some_and(|alternatives| alternatives.is_empty());
         let alternatives = rules.entry(number.id().into()).or_default();
         if args.is_empty() {
             alternatives.clear();
-        } else if !(known && alternatives.is_empty()) && !alternatives.contains(&args) {
+        } else if !always && !alternatives.contains(&args) {
             alternatives.push(args);
         }
     }

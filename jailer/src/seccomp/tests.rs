@@ -12,7 +12,7 @@ fn run(program: &[sock_filter], number: u32, architecture: u32, arguments: &[u64
             4 => architecture,
             16..64 => {
                 let argument = arguments[(offset as usize - 16) / 8];
-                if offset % 8 == 0 {
+                if offset.is_multiple_of(8) {
                     argument as u32
                 } else {
                     (argument >> 32) as u32
