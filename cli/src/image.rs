@@ -49,7 +49,7 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
         }
         ImageCommand::Rm { names } => {
             for name in names {
-                store.remove_image(name)?;
+                store.remove_image(name, false)?;
                 println!("{name}");
             }
         }

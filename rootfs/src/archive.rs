@@ -196,6 +196,7 @@ impl<R: Read> Reader<R> {
             .ok_or_else(|| self.damaged("the size of an entry is impossible"))?
             .saturating_sub(stored);
         self.content = stored;
+        let old = header.as_old();
         let mut entry = Entry {
             name: extended
                 .sparse_name
@@ -206,11 +207,20 @@ impl<R: Read> Reader<R> {
                 .unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned()),
             kind,
             mode: self.field(header.mode())? & 0o7777,
-            uid: self.some_or(extended.uid, || header.uid())?,
-            gid: self.some_or(extended.gid, || header.gid())?,
+            uid: match extended.uid {
+                Some(uid) => uid,
+                None => self.blank_or(&old.uid, header.uid())?,
+            },
+            gid: match extended.gid {
+                Some(gid) => gid,
+                None => self.blank_or(&old.gid, header.gid())?,
+            },
             modified: match extended.modified {
                 Some(modified) => modified,
-                None => (i64::try_from(self.field(header.mtime())?).unwrap_or(i64::MAX), 0),
+                None => {
+                    let seconds = self.blank_or(&old.mtime, header.mtime())?;
+                    (i64::try_from(seconds).unwrap_or(i64::MAX), 0)
+                }
             },
             device: (0, 0),
             size: stored,
@@ -243,11 +253,12 @@ impl<R: Read> Reader<R> {
         Ok(entry)
     }
 
-    fn some_or(&self, said: Option<u64>, header: impl Fn() -> io::Result<u64>) -> Result<u64, UnpackError> {
-        match said {
-            Some(value) => Ok(value),
-            None => self.field(header()),
+    /// A number that archivers leave out where it is 0.
+    fn blank_or(&self, field: &[u8], value: io::Result<u64>) -> Result<u64, UnpackError> {
+        if field.iter().all(|byte| matches!(byte, 0 | b' ')) {
+            return Ok(0);
         }
+        self.field(value)
     }
 
     fn field<T>(&self, value: io::Result<T>) -> Result<T, UnpackError> {

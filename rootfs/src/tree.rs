@@ -450,7 +450,7 @@ fn outside(error: Errno, shown: &str, why: &'static str) -> UnpackError {
 }
 
 /// The path of an entry inside the image. `./` and a leading `/` mean the image's root; `..` is refused.
-fn inner_path(name: &[u8]) -> Result<PathBuf, &'static str> {
+pub(crate) fn inner_path(name: &[u8]) -> Result<PathBuf, &'static str> {
     let mut path = PathBuf::new();
     if name.contains(&0) {
         return Err("its name contains a zero byte");

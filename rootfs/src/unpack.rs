@@ -13,6 +13,8 @@
     )
 )]
 
+mod listing;
+
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
@@ -25,6 +27,7 @@ use sha2::{Digest, Sha256};
 
 use crate::archive::Reader;
 use crate::tree::Tree;
+pub use listing::{Item, each_file};
 
 /// Why an archive was not unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -185,6 +188,13 @@ impl Budget {
         }
     }
 
+    /// Bytes of one archive, uncompressed: beside those of its files it has headers and padding.
+    fn stream(&self) -> u64 {
+        self.limits
+            .bytes
+            .saturating_add(self.limits.entries.saturating_mul(2048))
+    }
+
     fn take(&mut self, entry: &crate::archive::Entry) -> Result<(), UnpackError> {
         let exceeded = |what, limit| UnpackError::Limit {
             entry: String::from_utf8_lossy(&entry.name).into_owned(),
@@ -214,15 +224,10 @@ fn add(
     let stored = Counter::new(archive);
     let read = stored.count.clone();
     let plain = decompress(BufReader::with_capacity(1 << 17, stored))?;
-    // Beside the files' bytes an archive has headers and padding.
-    let most = budget
-        .limits
-        .bytes
-        .saturating_add(budget.limits.entries.saturating_mul(2048));
     let plain = Hashed {
         inner: BufReader::with_capacity(1 << 17, plain),
         hasher: diff_id.map(|_| Sha256::new()),
-        left: most,
+        left: budget.stream(),
     };
     // Truncation is found by the digest where there is one, and there are layers that have no end mark.
     let mut archive = Reader::new(plain, diff_id.is_some());
@@ -324,14 +329,6 @@ fn decompress<R: Read + 'static>(mut stored: BufReader<R>) -> Result<Box<dyn Rea
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Box::new(lzma_rust2::XzReader::new(stored, true)),
         _ => Box::new(stored),
     })
-}
-
-/// The content of a stream that may be compressed by gzip, zstd or xz, as its first bytes say.
-///
-/// # Errors
-/// What reading its first bytes says.
-pub fn decompressed<R: Read + 'static>(stored: R) -> io::Result<Box<dyn Read>> {
-    decompress(BufReader::with_capacity(1 << 17, stored)).map_err(io::Error::other)
 }
 
 /// A sequence of zstd frames, as parallel compressors write it. Frames that are to be skipped are: tools put a list of an
