@@ -116,8 +116,12 @@ impl<R: Read> Reader<R> {
         if self.ended {
             return Ok(None);
         }
-        let rest = self.content.saturating_add(self.padding);
-        self.pass_over(rest)?;
+        self.pass_over(self.content)?;
+        match self.pass_over(self.padding) {
+            // Some tools forget the padding of the last file.
+            Err(UnpackError::Truncated) if self.lenient => {}
+            result => result?,
+        }
         (self.content, self.padding) = (0, 0);
         let mut extended = Extended::default();
         let mut described = false;
@@ -188,6 +192,8 @@ impl<R: Read> Reader<R> {
     fn entry(&mut self, header: &Header, extended: Extended) -> Result<Entry, UnpackError> {
         let kind = header.entry_type();
         let stored = match extended.size {
+            // As Go has it, which most tools for images are written in: some give a directory its size on their disk.
+            _ if is_header_only(kind) => 0,
             Some(size) => size,
             None => self.field(header.entry_size())?,
         };
@@ -246,9 +252,6 @@ impl<R: Read> Reader<R> {
         }
         if let Some(pieces) = &entry.pieces {
             self.check_pieces(pieces, entry.size)?;
-        } else if !has_content(kind) {
-            // Some archivers give directories and links a size that nothing follows; tar goes by the header, and so do we.
-            entry.size = 0;
         }
         Ok(entry)
     }
@@ -452,6 +455,19 @@ impl<R: Read> Reader<R> {
             Err(self.damaged("the pieces of a sparse file are not what is stored"))
         }
     }
+}
+
+/// What nothing follows, whatever its header says of its size.
+fn is_header_only(kind: EntryType) -> bool {
+    matches!(
+        kind,
+        EntryType::Link
+            | EntryType::Symlink
+            | EntryType::Char
+            | EntryType::Block
+            | EntryType::Directory
+            | EntryType::Fifo
+    )
 }
 
 pub(crate) fn has_content(kind: EntryType) -> bool {

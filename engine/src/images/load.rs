@@ -274,7 +274,8 @@ impl Loading<'_> {
             .store
             .install(digest, &self.shown, &self.options.limits, self.activity)?;
         if names.is_empty() {
-            self.loaded.push(self.store.keep_image(&image)?);
+            self.store.keep_image(&image)?;
+            self.loaded.push(image.clone());
         }
         for name in &names {
             self.loaded.push(self.store.name_image(&image, name)?.0);

@@ -82,13 +82,12 @@ impl Store {
     }
 
     /// Keeps an image that has no name, unless it has one already.
-    pub(super) fn keep_image(&self, image: &Image) -> Result<Image, EngineError> {
+    pub(super) fn keep_image(&self, image: &Image) -> Result<(), EngineError> {
         let _lock = Lock::take(&self.names_lock())?;
-        if let Some(named) = self.images()?.into_iter().find(|other| other.id() == image.id()) {
-            return Ok(named);
+        if self.images()?.iter().any(|other| other.id() == image.id()) {
+            return Ok(());
         }
-        self.write_image(&self.untagged_record(image), image)?;
-        Ok(image.clone())
+        self.write_image(&self.untagged_record(image), image)
     }
 
     /// Gives an image another name. An image that had it before stays, without a name if it has no other.

@@ -360,6 +360,12 @@ fn a_layer_must_be_what_the_configuration_says() {
     layers
         .add(file_of(&gzip.finish().unwrap()), &digest(&layer), &mut |_, _| {})
         .unwrap();
+    // Without an end mark, and even without the padding of the last file.
+    let cut = &layer[..512 + 1];
+    layers.add(file_of(cut), &digest(cut), &mut |_, _| {}).unwrap();
+    layers
+        .add(file_of(&layer[..512]), &digest(&layer[..512]), &mut |_, _| {})
+        .unwrap_err();
     // A layer of nothing is one, with and without an end mark.
     for empty in [&[0; 1024][..], &[]] {
         layers
@@ -367,6 +373,29 @@ fn a_layer_must_be_what_the_configuration_says() {
             .unwrap();
     }
     layers.finish().unwrap();
+}
+
+#[test]
+fn a_directory_has_no_content_whatever_its_size() {
+    let mut archive = Archive::new().directory("d/").bytes();
+    archive[124..136].copy_from_slice(b"00000010000\0");
+    let sum: u32 = archive[..512]
+        .iter()
+        .enumerate()
+        .map(|(at, byte)| {
+            if (148..156).contains(&at) {
+                32
+            } else {
+                u32::from(*byte)
+            }
+        })
+        .sum();
+    archive[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    archive.truncate(512);
+    archive.extend(Archive::new().file("d/a", "1").bytes());
+    let (place, result) = layered(&[archive]);
+    result.unwrap();
+    assert_eq!(tree(&place), ["d", "d/a"]);
 }
 
 #[test]
