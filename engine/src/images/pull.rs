@@ -338,7 +338,14 @@ impl Registry<'_> {
             return Ok(());
         };
         let mut attempts = 0;
-        while partial.done < named.size {
+        loop {
+            if partial.done == named.size {
+                match partial.check(named) {
+                    // What was there before may be from a registry that sent something else.
+                    Err(_) if partial.taken_up => partial.restart()?,
+                    result => break result?,
+                }
+            }
             let before = partial.done;
             let result = self.go_on(named, &mut partial, &tell).await;
             let Err(error) = result else { continue };
@@ -428,6 +435,8 @@ struct Partial {
     file: File,
     hasher: Sha256,
     done: u64,
+    /// Whether some of it is from an earlier pull.
+    taken_up: bool,
 }
 
 impl Partial {
@@ -460,6 +469,7 @@ impl Partial {
                 file,
                 hasher: Sha256::new(),
                 done: 0,
+                taken_up: false,
             };
             partial.read_on(named.size)?;
             return Ok(Some(partial));
@@ -480,6 +490,7 @@ impl Partial {
             self.hasher.update(buffer.get(..count).unwrap_or_default());
             self.done = self.done.saturating_add(count as u64);
         }
+        self.taken_up = self.done > 0;
         if self.done > size {
             self.restart()?;
         }
@@ -489,6 +500,7 @@ impl Partial {
     fn restart(&mut self) -> Result<(), EngineError> {
         self.hasher = Sha256::new();
         self.done = 0;
+        self.taken_up = false;
         self.file
             .set_len(0)
             .and_then(|()| self.file.seek(SeekFrom::Start(0)).map(|_| ()))
@@ -522,14 +534,19 @@ impl Partial {
             .map_err(EngineError::store("write to", &self.path))
     }
 
-    /// Checks it and gives it its name.
-    fn finish(self, blobs: &Blobs, named: &Named) -> Result<(), EngineError> {
+    /// Checks it. If it is not what it should be, and nothing of it is from an earlier pull, it is removed: there is nothing in it
+    /// to go on from.
+    fn check(&self, named: &Named) -> Result<(), EngineError> {
         let found = Digest::from_hasher(self.hasher.clone());
-        if let Err(error) = check(&found, self.done, &named.digest, named.size) {
-            // There is nothing in it to go on from.
+        let result = check(&found, self.done, &named.digest, named.size);
+        if result.is_err() && !self.taken_up {
             crate::store::remove(&self.path)?;
-            return Err(error.into());
         }
+        Ok(result?)
+    }
+
+    /// Gives it its name.
+    fn finish(self, blobs: &Blobs, named: &Named) -> Result<(), EngineError> {
         self.sync()?;
         blobs.keep(&self.path, &named.digest)
     }
@@ -615,6 +632,7 @@ mod tests {
         let mut partial = open();
         assert_eq!(partial.done, 3);
         partial.write(b"lo", &named).unwrap();
+        partial.check(&named).unwrap();
         partial.finish(&blobs, &named).unwrap();
         assert_eq!(blobs.document(&named.digest).unwrap(), b"hello");
         assert!(Partial::open(&blobs, &named, &|| true).unwrap().is_none());
@@ -623,7 +641,7 @@ mod tests {
         let error = partial.write(b"hello!", &named).unwrap_err().to_string();
         assert!(error.contains("larger than"), "{error}");
         partial.write(b"hallo", &named).unwrap();
-        let error = partial.finish(&blobs, &named).unwrap_err().to_string();
+        let error = partial.check(&named).unwrap_err().to_string();
         assert!(error.contains(named.digest.as_str()), "{error}");
         assert!(!blobs.partial(&named.digest).exists());
         std::fs::write(blobs.partial(&named.digest), "longer than it").unwrap();
