@@ -1,6 +1,9 @@
 //! Running what was pulled. This needs KVM.
 
-use crate::fixtures::App;
+use picovm_engine::Store;
+use serde_json::json;
+
+use crate::fixtures::{App, archive, docker_archive};
 use crate::registry::Registry;
 use crate::{Place, stderr, stdout};
 
@@ -65,4 +68,41 @@ fn without_any_command_a_container_is_not_started() {
     let output = place.picovm(&["run", "plain"]).output().expect("picovm starts");
     assert_eq!(output.status.code(), Some(125));
     assert!(stderr(&output).contains("names none"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_real_debian_comes_through_a_registry_and_runs() {
+    let debian = Store::open_default()
+        .and_then(|store| store.image(picovm_tests::IMAGE))
+        .expect("`make image` puts the image into the store");
+    let root = std::fs::read(&debian.source).expect("what the image was built from");
+    let more = archive(&[("etc/motd", b"of the upper layer\n"), ("etc/.wh.issue", b"")]);
+    let config = json!({"Cmd": ["sh", "-c", "cat /etc/motd; ls /etc/issue"], "Env": ["LANG=C.UTF-8"]});
+    let place = Place::new();
+    let path = place.path("debian.tar");
+    std::fs::write(&path, docker_archive(&[root, more], config, None)).expect("the archive");
+    let registry = Registry::start();
+    let source = format!("docker-archive:{}", path.display());
+    registry.fill(
+        &source,
+        "debian:test",
+        &["--dest-compress-format", "zstd", "--dest-compress-level", "1"],
+    );
+    std::fs::remove_file(&path).expect("the archive");
+    let name = registry.name("debian:test");
+    place.ok(&["pull", "-q", &name]);
+    let image = place.store().image(&name).expect("the image");
+    // But for the one that was taken away.
+    assert_eq!(image.entries, debian.entries - 1);
+    let output = place.picovm(&["run", &name]).output().expect("picovm starts");
+    assert_eq!(stdout(&output), "of the upper layer");
+    assert!(stderr(&output).contains("/etc/issue"), "{}", stderr(&output));
+    let script = "perl -e 'print 6*7' && dpkg -l | grep -c ^ii";
+    let output = place
+        .picovm(&["run", &name, "sh", "-c", script])
+        .output()
+        .expect("picovm starts");
+    let said = stdout(&output);
+    assert!(said.starts_with("42"), "{said} {}", stderr(&output));
+    assert!(output.status.success(), "{said} {}", stderr(&output));
 }
