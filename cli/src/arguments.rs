@@ -7,6 +7,11 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use picovm_engine::POOL_MAX;
 
+use crate::image_arguments::{
+    ImageCommand, InspectOptions, ListOptions, LoadArguments, PruneOptions, PullArguments, RemoveOptions,
+    SaveOptions, TagOptions,
+};
+
 /// Run every container as its own lightweight VM, forked from a frozen one.
 #[derive(Parser)]
 #[command(name = "picovm", version, disable_help_subcommand = true)]
@@ -22,7 +27,23 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new container
     Run(RunOptions),
-    /// Make, list and remove images (root file systems)
+    /// Fetch an image from a registry
+    Pull(PullArguments),
+    /// List images
+    Images(ListOptions),
+    /// Remove images, and the templates made of them
+    Rmi(RemoveOptions),
+    /// Give an image another name
+    Tag(TagOptions),
+    /// Show images as JSON
+    Inspect(InspectOptions),
+    /// Load images of an archive or an OCI image layout
+    Load(LoadArguments),
+    /// Write images as an archive
+    Save(SaveOptions),
+    /// Remove images without a name, and content that no image needs
+    Prune(PruneOptions),
+    /// Make images of root file systems, and everything else about images
     #[command(subcommand)]
     Image(ImageCommand),
     /// Build, list, show and remove templates (frozen machines)
@@ -66,12 +87,15 @@ pub struct RunOptions {
     /// Set an environment variable; without =VALUE it is taken from this environment
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     pub env: Vec<OsString>,
-    /// Working directory in the container; made if it does not exist
-    #[arg(short, long, value_name = "DIR", default_value = "/")]
-    pub workdir: OsString,
-    /// Run as this user, by name or number of the container
-    #[arg(short, long, value_name = "USER[:GROUP]", default_value = "")]
-    pub user: OsString,
+    /// Working directory in the container, made if it does not exist; by default the image's, or /
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<OsString>,
+    /// Run as this user, by name or number of the container; by default the image's, or root
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<OsString>,
+    /// Run this program instead of the image's entry point and command; empty for none
+    #[arg(long, value_name = "PROGRAM")]
+    pub entrypoint: Option<String>,
     /// Host name; by default the container's id
     #[arg(long, value_name = "NAME", value_parser = parse_hostname)]
     pub hostname: Option<String>,
@@ -101,8 +125,8 @@ pub struct RunOptions {
     pub rm: bool,
     /// The image's name
     pub image: String,
-    /// The command and its arguments
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    /// The command and its arguments; by default the image's. To an image with an entry point, they are arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub command: Vec<OsString>,
 }
 
@@ -113,29 +137,6 @@ pub enum SeccompMode {
     Kill,
     /// It is told on standard error and let through: for finding out what is missing
     Log,
-}
-
-#[derive(Subcommand)]
-pub enum ImageCommand {
-    /// Make an image from a directory or a tar archive (plain, gzip, zstd or xz)
-    Build {
-        /// Name to give it
-        name: String,
-        /// Directory or archive
-        source: PathBuf,
-    },
-    /// List images
-    Ls {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Remove images, and the templates made of them
-    Rm {
-        /// Names
-        #[arg(required = true)]
-        names: Vec<String>,
-    },
 }
 
 #[derive(Subcommand)]
@@ -233,6 +234,11 @@ pub struct DensityOptions {
 
 /// Whole MiB from a size as Docker takes it.
 fn parse_memory(text: &str) -> Result<u64, String> {
+    parse_bytes(text).map(|bytes| bytes >> 20)
+}
+
+/// Bytes from a size as Docker takes it.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
     let number: u64 = digits
         .parse()
@@ -249,10 +255,9 @@ fn parse_memory(text: &str) -> Result<u64, String> {
         "g" | "gb" | "gib" => 1 << 30,
         other => return Err(format!("{other:?} is no unit: use b, k, m or g")),
     };
-    let bytes = number
+    number
         .checked_mul(unit)
-        .ok_or_else(|| "this is more than any machine has".to_owned())?;
-    Ok(bytes >> 20)
+        .ok_or_else(|| "this is more than any machine has".to_owned())
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {

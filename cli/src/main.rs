@@ -3,16 +3,22 @@
 mod arguments;
 mod bench;
 mod doctor;
+mod format;
 mod image;
+mod image_arguments;
+mod image_defaults;
+mod image_list;
 mod output;
 mod run;
 mod template;
+mod transfer;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
 use arguments::{Cli, Command};
+use image_arguments::ImageCommand;
 
 /// Exit status of picovm's own errors, as Docker has it, so that they are told from those of a container.
 const OWN_ERROR: u8 = 125;
@@ -25,7 +31,15 @@ fn main() -> ExitCode {
     }
     let result = match cli.command {
         Command::Run(options) => run::run(&options),
-        Command::Image(command) => image::image(&command),
+        Command::Image(command) => return ended(image::image(&command)),
+        Command::Pull(options) => return ended(image::image(&ImageCommand::Pull(options))),
+        Command::Images(options) => return ended(image::image(&ImageCommand::Ls(options))),
+        Command::Rmi(options) => return ended(image::image(&ImageCommand::Rm(options))),
+        Command::Tag(options) => return ended(image::image(&ImageCommand::Tag(options))),
+        Command::Inspect(options) => return ended(image::image(&ImageCommand::Inspect(options))),
+        Command::Load(options) => return ended(image::image(&ImageCommand::Load(options))),
+        Command::Save(options) => return ended(image::image(&ImageCommand::Save(options))),
+        Command::Prune(options) => return ended(image::image(&ImageCommand::Prune(options))),
         Command::Template(command) => template::template(&command),
         Command::Bench(command) => bench::bench(&command),
         Command::Doctor { json } => doctor::doctor(json),
@@ -37,6 +51,14 @@ fn main() -> ExitCode {
     result.unwrap_or_else(|error| {
         eprintln!("picovm: {}", output::sentence(&error));
         ExitCode::from(OWN_ERROR)
+    })
+}
+
+/// The status of a command that runs no container: as in Docker, 1 if it failed.
+fn ended(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("picovm: {}", output::sentence(&error));
+        ExitCode::FAILURE
     })
 }
 

@@ -36,6 +36,52 @@ pub fn size(bytes: u64) -> String {
     format!("{value:.digits$} {}", units.get(unit).copied().unwrap_or("B"))
 }
 
+/// Bytes as Docker tells them: three digits, 1,000 to the next unit.
+pub fn docker_size(bytes: u64) -> String {
+    let units = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = match value {
+        0.0..9.995 => 2,
+        9.995..99.95 => 1,
+        _ => 0,
+    };
+    let number = format!("{value:.digits$}");
+    let number = match number.contains('.') {
+        true => number.trim_end_matches('0').trim_end_matches('.'),
+        false => &number,
+    };
+    format!("{number}{}", units.get(unit).copied().unwrap_or("B"))
+}
+
+/// How long ago a time was, as Docker tells it.
+pub fn since(time: chrono::DateTime<chrono::Utc>) -> String {
+    ago((chrono::Utc::now() - time).num_seconds())
+}
+
+fn ago(seconds: i64) -> String {
+    let (minutes, hours) = (seconds / 60, seconds / 3600);
+    let days = hours / 24;
+    let told = match seconds {
+        ..1 => "Less than a second".to_owned(),
+        1 => "1 second".to_owned(),
+        2..60 => format!("{seconds} seconds"),
+        60..120 => "About a minute".to_owned(),
+        120..3600 => format!("{minutes} minutes"),
+        3600..7200 => "About an hour".to_owned(),
+        _ if hours < 48 => format!("{hours} hours"),
+        _ if days < 14 => format!("{days} days"),
+        _ if days < 60 => format!("{} weeks", days / 7),
+        _ if days < 730 => format!("{} months", days / 30),
+        _ => format!("{} years", days / 365),
+    };
+    format!("{told} ago")
+}
+
 /// How long ago a time in seconds since 1970 was.
 pub fn age(seconds: u64) -> String {
     let now = SystemTime::now()
@@ -71,6 +117,33 @@ mod tests {
         assert_eq!(size(0), "0 B");
         assert_eq!(size(1536), "1.5 KiB");
         assert_eq!(size(170 << 20), "170 MiB");
+    }
+
+    #[test]
+    fn sizes_and_times_are_told_as_docker_tells_them() {
+        for (bytes, told) in [
+            (0, "0B"),
+            (999, "999B"),
+            (1500, "1.5kB"),
+            (74_830_000, "74.8MB"),
+            (124_000_000, "124MB"),
+            (7_048_576, "7.05MB"),
+            (5_000_000_000, "5GB"),
+        ] {
+            assert_eq!(docker_size(bytes), told);
+        }
+        for (seconds, told) in [
+            (0, "Less than a second ago"),
+            (59, "59 seconds ago"),
+            (90, "About a minute ago"),
+            (7000, "About an hour ago"),
+            (3 * 86400, "3 days ago"),
+            (20 * 86400, "2 weeks ago"),
+            (100 * 86400, "3 months ago"),
+            (1000 * 86400, "2 years ago"),
+        ] {
+            assert_eq!(ago(seconds), told);
+        }
     }
 
     #[test]

@@ -1,9 +1,7 @@
 //! `picovm run`.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,13 +9,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use picovm_engine::{
-    Confinement, ContainerExit, ContainerOptions, RunningContainer, Store, TemplateSpec, printable,
-};
+use picovm_engine::{Confinement, ContainerExit, RunningContainer, Store, TemplateSpec, printable};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use crate::arguments::{RunOptions, SeccompMode};
+use crate::image_defaults;
 
 /// Exit status of a container that `--timeout` ended, as `timeout(1)` has it.
 const TIMED_OUT: u8 = 124;
@@ -85,15 +82,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     ];
     let container = RunningContainer::start(
         &template,
-        &ContainerOptions {
-            args: options.command.clone(),
-            env: environment(&options.env),
-            workdir: options.workdir.clone(),
-            user: options.user.clone(),
-            hostname: options.hostname.clone(),
-            stdin: options.interactive,
-            console_log,
-        },
+        &image_defaults::container_options(&spec.image, options, console_log)?,
         streams,
         confinement(options),
     )?;
@@ -204,36 +193,5 @@ fn wait(container: &RunningContainer, signals: &Signals, deadline: Option<Instan
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error).context("cannot wait for the container"),
         }
-    }
-}
-
-/// `NAME=value` as it is, and `NAME` with its value here if it has one, as Docker has it.
-fn environment(arguments: &[OsString]) -> Vec<OsString> {
-    arguments
-        .iter()
-        .filter_map(|argument| {
-            if argument.as_bytes().contains(&b'=') {
-                return Some(argument.clone());
-            }
-            let mut pair = argument.clone();
-            pair.push("=");
-            pair.push(std::env::var_os(argument)?);
-            Some(pair)
-        })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bare_name_takes_its_value_from_here_or_is_left_out() {
-        let path = std::env::var("PATH").unwrap();
-        let list = environment(&["A=1".into(), "PATH".into(), "PICOVM_NOT_SET".into(), "B=".into()]);
-        assert_eq!(
-            list,
-            ["A=1".into(), OsString::from(format!("PATH={path}")), "B=".into()]
-        );
     }
 }

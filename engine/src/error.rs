@@ -9,6 +9,7 @@ use picovm_jailer::JailError;
 use picovm_rootfs::image::ImageError;
 use picovm_vmm::{MachineError, TemplateError};
 
+use crate::images::ImagesError;
 use crate::printable::{printable, printable_lines, printable_text};
 
 /// Why the engine could not do what was asked.
@@ -25,7 +26,7 @@ pub enum EngineError {
         source: io::Error,
     },
     /// A record of the store is not what was written.
-    #[error("the store's record {} cannot be read: {reason}. Remove it and build the image again", path.display())]
+    #[error("the store's record {} cannot be read: {reason}. Remove it, and pull, load or build the image again", path.display())]
     Record {
         /// The file.
         path: PathBuf,
@@ -34,28 +35,24 @@ pub enum EngineError {
     },
     /// No such image.
     #[error(
-        "there is no image named {name}. `picovm image ls` lists those that there are, `picovm image build {name} DIR|TAR` makes one"
+        "there is no image named {name}. `picovm images` lists those that there are; `picovm pull` and \
+         `picovm load` bring one, `picovm image build` makes one of a directory or tar archive"
     )]
     NoImage {
         /// The name.
         name: String,
     },
     /// The image's file is gone.
-    #[error("the file of image {name} is missing ({}): build the image again with `picovm image build {name} DIR|TAR`", path.display())]
+    #[error("the file of image {name} is missing ({}): remove the image with `picovm rmi` and pull, load or build it again", path.display())]
     ImageFile {
         /// The name.
         name: String,
         /// Where it should be.
         path: PathBuf,
     },
-    /// Not a name.
-    #[error(
-        "{name:?} is not a name for an image: use 1 to 128 of a-z, A-Z, 0-9, `.`, `_`, `-`, `:`, starting with a letter or digit"
-    )]
-    ImageName {
-        /// What was given.
-        name: String,
-    },
+    /// Something about images in particular.
+    #[error(transparent)]
+    Images(#[from] ImagesError),
     /// No such template.
     #[error("there is no template {id}. `picovm template ls` lists those that there are")]
     NoTemplate {

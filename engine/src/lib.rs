@@ -40,10 +40,15 @@ pub use container::{Container, ContainerOptions};
 pub use density::{Density, DensityPoint, DensityProgress};
 pub use error::EngineError;
 pub use guest::GuestFiles;
-pub use images::Image;
+pub use images::{
+    Collected, Digest, Healthcheck, History, Image, ImageActivity, ImageConfig, ImageName, ImagesError,
+    LoadOptions, LoadSource, Overrides, Platform, Removed, RootFs, RunConfig,
+};
+#[cfg(feature = "registry")]
+pub use images::{PullError, PullOptions, Pulled};
 pub use messages::Parking;
 pub use picovm_guest_protocol::{ContainerExit, StartFailure};
-pub use picovm_rootfs::image::Progress as ImageProgress;
+pub use picovm_rootfs::image::{Limits as ImageLimits, Progress as ImageProgress};
 pub use pool::{POOL_MAX, Pool, VMM_VARIABLE};
 pub use printable::{printable, printable_lines, printable_text};
 pub use running::RunningContainer;

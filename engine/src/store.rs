@@ -1,15 +1,18 @@
 //! The store: one directory that holds images and templates.
 //!
 //! ```text
-//! images/names/NAME.json   what a name stands for
-//! images/files/DIGEST.erofs
-//! templates/KEY/           one template each
-//! templates/KEY.lock       held while it is built
+//! images/names/NAME.json    what a name stands for
+//! images/files/KEY.erofs    an image's root file system, and KEY.json what is known of it
+//! images/blobs/sha256/HEX   manifests, configurations and layers; HEX.partial while they are fetched
+//! images/.lock              held shared while content is added, exclusively while it is collected
+//! images/.unpack-lock       held while one is unpacked
+//! templates/KEY/            one template each
+//! templates/KEY.lock        held while it is built
 //! ```
 //!
 //! State changes by write-new-then-rename: a crash at any instant leaves a store that opens.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -73,6 +76,22 @@ impl Store {
         self.root.join("images/files")
     }
 
+    pub(crate) fn blobs_directory(&self) -> PathBuf {
+        self.root.join("images/blobs/sha256")
+    }
+
+    pub(crate) fn images_lock(&self) -> PathBuf {
+        self.root.join("images/.lock")
+    }
+
+    pub(crate) fn unpack_lock(&self) -> PathBuf {
+        self.root.join("images/.unpack-lock")
+    }
+
+    pub(crate) fn names_lock(&self) -> PathBuf {
+        self.root.join("images/names/.lock")
+    }
+
     pub(crate) fn templates_directory(&self) -> PathBuf {
         self.root.join("templates")
     }
@@ -121,11 +140,11 @@ pub(crate) fn remove(path: &Path) -> Result<(), EngineError> {
     }
 }
 
-/// Removes directories whose names begin with `prefix`. What cannot be removed only takes room.
+/// Removes files and directories whose names begin with `prefix`. What cannot be removed only takes room.
 pub(crate) fn remove_leftovers(directory: &Path, prefix: &str) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(prefix) {
-            let _ = fs::remove_dir_all(entry.path());
+            let _ = remove(&entry.path());
         }
     }
 }
@@ -138,14 +157,35 @@ pub(crate) struct Lock {
 impl Lock {
     /// Waits for the lock.
     pub(crate) fn take(path: &Path) -> Result<Self, EngineError> {
-        let file = File::options()
+        let file = Self::open(path)?;
+        file.lock().map_err(EngineError::store("lock", path))?;
+        Ok(Self { _file: file })
+    }
+
+    /// Waits until nobody has the lock but such as share it too.
+    pub(crate) fn share(path: &Path) -> Result<Self, EngineError> {
+        let file = Self::open(path)?;
+        file.lock_shared().map_err(EngineError::store("lock", path))?;
+        Ok(Self { _file: file })
+    }
+
+    /// Takes the lock if nobody has it.
+    pub(crate) fn try_take(path: &Path) -> Result<Option<Self>, EngineError> {
+        let file = Self::open(path)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Self { _file: file })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(EngineError::store("lock", path)(error)),
+        }
+    }
+
+    fn open(path: &Path) -> Result<File, EngineError> {
+        File::options()
             .create(true)
             .truncate(false)
             .write(true)
             .open(path)
-            .map_err(EngineError::store("open the lock", path))?;
-        file.lock().map_err(EngineError::store("lock", path))?;
-        Ok(Self { _file: file })
+            .map_err(EngineError::store("open the lock", path))
     }
 }
 

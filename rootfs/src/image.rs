@@ -12,8 +12,8 @@ use std::process::{Command, Stdio};
 
 use tempfile::Builder;
 
-pub use crate::unpack::UnpackError;
 use crate::unpack::unpack;
+pub use crate::unpack::{Limits, UnpackError};
 
 /// Part of every image, so that an image says nothing about when and where it was built.
 const FILE_SYSTEM_UUID: &str = "7069636f-766d-4e52-8f66-73696d616765";
@@ -44,6 +44,13 @@ pub enum Progress {
         read: u64,
         /// Bytes of the archive.
         size: u64,
+    },
+    /// Unpacking the next layer of several.
+    Layer {
+        /// Which one, from 1 on.
+        number: usize,
+        /// How many there are.
+        of: usize,
     },
     /// Looking through the source directory.
     Scanning,
@@ -86,6 +93,14 @@ pub enum ImageError {
         /// What is wrong with it, and with which entry.
         source: UnpackError,
     },
+    /// A layer is damaged, not what it should be, or would reach outside of the image.
+    #[error("unpack layer {layer}: {source}")]
+    Layer {
+        /// Its name: mostly its digest.
+        layer: String,
+        /// What is wrong with it, and with which entry.
+        source: UnpackError,
+    },
     /// There is no `mkfs.erofs`.
     #[error("mkfs.erofs is not installed; install it with `apt-get install erofs-utils`")]
     NoTool,
@@ -107,10 +122,74 @@ pub enum ImageError {
     },
 }
 
+/// A layer of an image.
+#[derive(Debug)]
+pub struct Layer {
+    /// What it is called in messages: mostly its digest.
+    pub name: String,
+    /// The archive, plain or compressed by gzip, zstd or xz.
+    pub file: File,
+    /// SHA-256 of the uncompressed archive, as `sha256:` and hexadecimal digits.
+    pub diff_id: String,
+}
+
+/// Builds an image of `layers`, the lowest first, and puts it at `destination`, as [`build`] does.
+///
+/// # Errors
+/// [`ImageError`]; `destination` is then as it was, and nothing else is left.
+pub fn build_layers(
+    layers: Vec<Layer>,
+    destination: &Path,
+    limits: &Limits,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<ImageInfo, ImageError> {
+    let directory = directory_of(destination);
+    let at_destination = |error| ImageError::Destination {
+        path: destination.into(),
+        source: error,
+    };
+    let scratch = Builder::new()
+        .prefix(".picovm-unpack-")
+        .tempdir_in(directory)
+        .map_err(at_destination)?;
+    let root = scratch.path().join("root");
+    fs::create_dir(&root).map_err(at_destination)?;
+    let of = layers.len();
+    let mut unpacked = crate::unpack::Layers::new(&root, limits).map_err(|source| ImageError::Unpack {
+        path: root.clone(),
+        source,
+    })?;
+    for (layer, number) in layers.into_iter().zip(1..) {
+        progress(Progress::Layer { number, of });
+        let size = layer.file.metadata().map_err(at_destination)?.len();
+        unpacked
+            .add(layer.file, &layer.diff_id, &mut |entries, read| {
+                progress(Progress::Unpacking { entries, read, size });
+            })
+            .map_err(|source| ImageError::Layer {
+                layer: layer.name,
+                source,
+            })?;
+    }
+    unpacked.finish().map_err(|source| ImageError::Unpack {
+        path: root.clone(),
+        source,
+    })?;
+    pack(Path::new("the layers"), &root, directory, destination, progress)
+}
+
+/// The directory that a file lies in.
+fn directory_of(file: &Path) -> &Path {
+    match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
 /// Builds an image of `source`, a directory or a tar archive (plain, or compressed by gzip, zstd or xz, as its content
 /// says), and puts it at `destination`, whose directory must exist. An older file there is replaced, all at once.
 ///
-/// Owners, modes, modification times (in whole seconds from an archive), extended attributes, hard links and device nodes are kept; the
+/// Owners, modes, modification times, extended attributes, hard links and device nodes are kept; the
 /// source is not changed. An archive is unpacked beside `destination` first, which takes its unpacked size there and,
 /// for other owners and device nodes, root. `progress` is called often.
 ///
@@ -125,10 +204,7 @@ pub fn build(
         path: source.into(),
         source: error,
     };
-    let directory = match destination.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let directory = directory_of(destination);
     let at_destination = |error| ImageError::Destination {
         path: destination.into(),
         source: error,
@@ -149,7 +225,7 @@ pub fn build(
     let file = File::open(source).map_err(at_source)?;
     fs::create_dir(&root).map_err(at_destination)?;
     let size = kind.len();
-    let result = unpack(file, &root, &mut |entries, read| {
+    let result = unpack(file, &root, &Limits::default(), &mut |entries, read| {
         progress(Progress::Unpacking { entries, read, size });
     });
     match result {
