@@ -119,7 +119,8 @@ fn limit_files(current: Option<u64>) {
 
 fn layers(archive: &File, root: &Path) {
     use picovm_rootfs::unpack::{Layers, UnpackError};
-    let open = || File::open(format!("/proc/self/fd/{}", archive.as_raw_fd())).expect("open the archive again");
+    let open =
+        || File::open(format!("/proc/self/fd/{}", archive.as_raw_fd())).expect("open the archive again");
     let mut layers = Layers::new(root, &Default::default()).expect("open the root");
     // The digest is compared last, and tells what it is.
     let Err(UnpackError::Digest { actual, .. }) = layers.add(open(), "", &mut |_, _| {}) else {
