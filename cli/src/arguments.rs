@@ -108,6 +108,10 @@ pub struct RunOptions {
     /// Write the guest's console output to this file
     #[arg(long, value_name = "FILE")]
     pub console_log: Option<PathBuf>,
+    /// Share no page of memory with other containers, for those who mind what can be told from the time that an access takes;
+    /// starts later and takes more memory
+    #[arg(long)]
+    pub isolate_memory: bool,
     /// For debugging: run the VMM process unconfined, so that a guest that breaks out of its VM can do what you can
     #[arg(long)]
     pub no_jail: bool,

@@ -30,6 +30,9 @@ pub struct ContainerOptions {
     pub hostname: Option<String>,
     /// Whether standard input is connected.
     pub stdin: bool,
+    /// Whether the clone shares no page with others of its template: see [`ForkOptions::isolate_memory`]. Only a container that is
+    /// started cold can.
+    pub isolate_memory: bool,
     /// Where the guest's console output goes, beside the tail that is kept in memory.
     pub console_log: Option<File>,
 }
@@ -174,6 +177,7 @@ impl Container {
             identity: std::mem::take(&mut identified.identity),
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
             on_thread: filters.on_thread(),
+            isolate_memory: options.isolate_memory,
             ..ForkOptions::default()
         })?;
         if let Some(set) = template.working_set() {

@@ -162,6 +162,11 @@ pub enum EngineError {
         /// To how many the limit can be raised.
         limit: u64,
     },
+    /// A pool's clones share the memory of their template.
+    #[error(
+        "a parked clone shares memory with others of its template: start a container with isolated memory cold"
+    )]
+    NotIsolated,
     /// A VMM process cannot be confined.
     #[error("the VMM process cannot be confined: {0}")]
     Jail(#[from] JailError),

@@ -210,6 +210,9 @@ impl Pool {
         options: &ContainerOptions,
         streams: [BorrowedFd<'_>; 3],
     ) -> Result<RunningContainer, EngineError> {
+        if options.isolate_memory {
+            return Err(EngineError::NotIsolated);
+        }
         let start = options.request();
         let message = ToVmm::Start {
             spec: start.spec,

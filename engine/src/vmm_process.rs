@@ -36,7 +36,7 @@ pub fn serve(template: &Path, control: OwnedFd, confinement: Confinement) -> Res
         .map_err(EngineError::from)
         .and_then(|template| {
             let mut forker = Forker::new(&template, confinement)?;
-            forker.prepare()?;
+            forker.become_server()?;
             Ok((template, forker))
         });
     let (template, mut forker) = match prepared {
