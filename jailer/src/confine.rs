@@ -44,6 +44,8 @@ impl Confinement<'_> {
         }
         if self.rootless {
             self.map_ids()?;
+        }
+        if !self.slot.prepared {
             if self.policy.namespaces.mount {
                 root::build(&self.policy.root)?;
             }

@@ -201,12 +201,15 @@ impl Jailer {
         let free = self.shared.free().pop();
         let slot = match free {
             Some(slot) => slot,
-            None => self.make_slot()?,
+            // Who spawns many uses it again and again.
+            None if self.server => self.make_slot()?,
+            // The process makes its namespaces itself, which for one is quicker.
+            None => self.bare_slot()?,
         };
         let cgroup = slot.cgroup.as_ref().and_then(|cgroup| cgroup.fork_into());
         let own_ids = self.own_ids();
         // SAFETY: this process has one thread, as was just checked.
-        let forked = unsafe { sys::fork(self.fork_flags(), cgroup) };
+        let forked = unsafe { sys::fork(self.fork_flags(&slot), cgroup) };
         match forked.map_err(JailError::host("fork a process into its namespaces"))? {
             Forked::Parent(pid, descriptor) => Ok(Jail::new(pid, descriptor, slot, self.shared.clone())),
             Forked::Child => {
@@ -233,11 +236,13 @@ impl Jailer {
     }
 
     /// What is made new for each process, and not prepared.
-    fn fork_flags(&self) -> i32 {
+    fn fork_flags(&self, slot: &Slot) -> i32 {
         let namespaces = &self.policy.namespaces;
         let mut flags = if namespaces.pid { libc::CLONE_NEWPID } else { 0 };
         if self.mode == Mode::Rootless {
             flags |= libc::CLONE_NEWUSER;
+        }
+        if !slot.prepared {
             for (flag, _) in slot::enterable(namespaces) {
                 flags |= flag;
             }
@@ -245,12 +250,18 @@ impl Jailer {
         flags
     }
 
+    fn bare_slot(&mut self) -> Result<Slot, JailError> {
+        let cgroups = self.shared.cgroups.as_ref();
+        let id = self.ids.as_mut().map(IdRange::take).transpose()?;
+        Slot::bare(id, cgroups)
+    }
+
     fn make_slot(&mut self) -> Result<Slot, JailError> {
         self.check_alone()?;
         let cgroups = self.shared.cgroups.as_ref();
         match &mut self.ids {
             Some(ids) => Slot::prepare(ids.take()?, &self.policy.namespaces, &self.policy.root, cgroups),
-            None => Slot::bare(cgroups),
+            None => Slot::bare(None, cgroups),
         }
     }
 

@@ -18,6 +18,8 @@ use crate::{jail, root};
 pub(crate) struct Slot {
     /// Absent without root.
     pub(crate) id: Option<Id>,
+    /// Whether its namespaces are made. If not, the process makes them itself.
+    pub(crate) prepared: bool,
     /// Descriptors of prepared namespaces, in the order in which they are entered.
     pub(crate) namespaces: Vec<OwnedFd>,
     pub(crate) cgroup: Option<CgroupDirectory>,
@@ -60,6 +62,7 @@ impl Slot {
             .map(|cgroups| cgroups.create(&id.number().to_string()))
             .transpose()?;
         Ok(Self {
+            prepared: true,
             namespaces: make_namespaces(namespaces, root)?,
             id: Some(id),
             cgroup,
@@ -67,16 +70,20 @@ impl Slot {
         })
     }
 
-    /// For a caller without root, whose jails make their namespaces themselves.
-    pub(crate) fn bare(cgroups: Option<&Cgroups>) -> Result<Self, JailError> {
+    /// For a jail that makes its namespaces itself: as every one does without root, where there is no id either.
+    pub(crate) fn bare(id: Option<Id>, cgroups: Option<&Cgroups>) -> Result<Self, JailError> {
         static MADE: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "jail-{}-{}",
-            std::process::id(),
-            MADE.fetch_add(1, Ordering::Relaxed)
-        );
+        let name = match &id {
+            Some(id) => id.number().to_string(),
+            None => format!(
+                "jail-{}-{}",
+                std::process::id(),
+                MADE.fetch_add(1, Ordering::Relaxed)
+            ),
+        };
         Ok(Self {
-            id: None,
+            id,
+            prepared: false,
             namespaces: Vec::new(),
             cgroup: cgroups.map(|cgroups| cgroups.create(&name)).transpose()?,
             complaint: complaint()?,

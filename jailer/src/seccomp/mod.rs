@@ -4,6 +4,7 @@
 //! allows what any of the lists does. On top of it each thread installs that of its kind, which is short, because the outer one
 //! has decided most already. What a thread may do is what both allow.
 
+mod compiled;
 mod layout;
 mod log;
 
@@ -118,8 +119,23 @@ fn add(rules: &mut Rules, name: &str, calls: &[AllowedCall]) -> Result<(), JailE
 }
 
 impl Filters {
-    /// Compiles what VMM processes need.
+    /// What VMM processes need.
     pub(crate) fn new(policy: &Seccomp) -> Result<Self, JailError> {
+        let (outer, kinds) = match policy.mode {
+            // Those that are enforced are compiled ahead: it would be a fourth of what a cold start takes.
+            SeccompMode::Kill => compiled::read().map_err(wrong("compiled"))?,
+            SeccompMode::Log | SeccompMode::Off => Self::compile(policy.mode)?,
+        };
+        Ok(Self(Arc::new(All {
+            mode: policy.mode,
+            outer,
+            kinds,
+            program: policy.allow.clone(),
+        })))
+    }
+
+    /// Compiles the lists: the outer filter, and those of the kinds.
+    fn compile(mode: SeccompMode) -> Result<(BpfProgram, [BpfProgram; 3]), JailError> {
         let common = parse("common", COMMON)?;
         let mut outer = Rules::new();
         add(&mut outer, "common", &common)?;
@@ -134,19 +150,15 @@ impl Filters {
         }
         add(&mut outer, "setup", &parse("setup", SETUP)?)?;
 
-        let below = (policy.mode != SeccompMode::Log).then_some(&outer);
+        let below = (mode != SeccompMode::Log).then_some(&outer);
         let compiled: Result<Vec<BpfProgram>, JailError> = kinds
             .iter()
             .map(|(name, rules)| layout::compile(rules, below).map_err(wrong(name)))
             .collect();
-        Ok(Self(Arc::new(All {
-            mode: policy.mode,
-            kinds: compiled?
-                .try_into()
-                .map_err(|_| wrong("all")("there are three kinds".into()))?,
-            outer: layout::compile(&outer, None).map_err(wrong("setup"))?,
-            program: policy.allow.clone(),
-        })))
+        let kinds = compiled?
+            .try_into()
+            .map_err(|_| wrong("all")("there are three kinds".into()))?;
+        Ok((layout::compile(&outer, None).map_err(wrong("setup"))?, kinds))
     }
 
     /// The filter of a program.
