@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use picovm_engine::figures::ms;
-use picovm_engine::{
-    Confinement, ContainerOptions, Image, Launcher, Parking, Pool, Prompt, RunningContainer,
-};
+use picovm_engine::{Confinement, ContainerOptions, Image, Parking, Pool, Prompt, RunningContainer};
 use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::{Template, WorkingSet};
 
@@ -75,8 +73,7 @@ pub fn measure(
             [("engine_first_byte", Unit::Ms), ("engine_exit", Unit::Ms)],
             || pooled(&mut pool),
         ),
-        jailed_probe(&small),
-        pooled_jail_probe(&small)?,
+        jail_probe(&small)?,
         run_probe(workspace, SMALL, &[]),
         run_probe(workspace, SMALL, &["--no-jail"]).named("unjailed_"),
     ];
@@ -257,39 +254,42 @@ fn run_probe<'a>(workspace: &'a Workspace, image: &'static str, options: &'stati
     )
 }
 
-/// What a jail adds to a cold start in a process that has prepared it: the difference of two starts that follow one another.
-fn jailed_probe(template: &Template) -> Probe<'_> {
-    let mut launchers = None;
-    let measures = [
-        ("vmm_process_first_byte", Unit::Ms),
-        ("jailed_first_byte", Unit::Ms),
-        ("jail_cold", Unit::Ms),
+/// What a jail adds to a cold start by a fork server, and to a start of a clone that is parked in it: each the difference of two
+/// starts that follow one another.
+fn jail_probe(template: &Template) -> anyhow::Result<Probe<'static>> {
+    let pool = |parking, confinement| Pool::new(template, 1, parking, confinement);
+    let mut cold = [
+        pool(Parking::Bare, Confinement::Unconfined)?,
+        pool(Parking::Bare, Confinement::Jailed)?,
     ];
-    Probe::new(measures, move || {
-        if launchers.is_none() {
-            let launcher = |confinement| Launcher::new(template, confinement);
-            launchers = Some((launcher(Confinement::Unconfined)?, launcher(Confinement::Jailed)?));
-        }
-        let Some((unconfined, jailed)) = &mut launchers else {
-            bail!("there is no launcher");
-        };
-        jailed.prepare(1)?;
-        let [without, _] = started(|options, streams| Ok(unconfined.start(options, streams)?))?;
-        std::thread::sleep(PARKED);
-        let [with, _] = started(|options, streams| Ok(jailed.start(options, streams)?))?;
-        Ok([without, with, with - without])
-    })
+    let mut parked = [
+        pool(Parking::Prefaulted, Confinement::Unconfined)?,
+        pool(Parking::Prefaulted, Confinement::Jailed)?,
+    ];
+    let measures = [
+        ("server_first_byte", Unit::Ms),
+        ("jailed_server_first_byte", Unit::Ms),
+        ("jail_cold", Unit::Ms),
+        ("jail_pooled", Unit::Ms),
+    ];
+    Ok(Probe::new(measures, move || {
+        let [without, with] = &mut cold;
+        let (without, with) = (forked_at_request(without)?, forked_at_request(with)?);
+        let [unjailed, jailed] = &mut parked;
+        let ([unjailed, _], [jailed, _]) = (pooled(unjailed)?, pooled(jailed)?);
+        Ok([without, with, with - without, jailed - unjailed])
+    }))
 }
 
-/// What a jail adds to a start from a pool.
-fn pooled_jail_probe(template: &Template) -> anyhow::Result<Probe<'static>> {
-    let pool = |confinement| Pool::new(template, 1, Parking::Prefaulted, confinement);
-    let (mut unconfined, mut jailed) = (pool(Confinement::Unconfined)?, pool(Confinement::Jailed)?);
-    Ok(Probe::new([("jail_pooled", Unit::Ms)], move || {
-        let [without, _] = pooled(&mut unconfined)?;
-        let [with, _] = pooled(&mut jailed)?;
-        Ok([with - without])
-    }))
+/// To the first byte of a container in a clone that its pool's server forks when it is asked for; the first time it is the one
+/// that was parked when the pool was made.
+fn forked_at_request(pool: &mut Pool) -> anyhow::Result<f64> {
+    std::thread::sleep(PARKED);
+    let [first_byte, _] = started(|options, streams| {
+        pool.refill()?;
+        Ok(pool.start(options, streams)?)
+    })?;
+    Ok(first_byte)
 }
 
 /// Starts a container through the engine, in a clone of its pool.

@@ -95,7 +95,7 @@ const WANTED: &[Wanted] = &[
         limit: "a cold start alone is a fifth of what crun takes",
     },
     Wanted {
-        what: "what the jail adds to a cold start",
+        what: "what the jail adds to a cold start by a fork server",
         figure: Figure::Of("jail_cold", "ms"),
         most: 0.6,
         limit: "three filters cannot be installed in less than 0.4 ms, and a process with limits and namespaces is forked in 0.2 ms \
@@ -104,8 +104,8 @@ const WANTED: &[Wanted] = &[
     Wanted {
         what: "what the jail adds to a start from a pool",
         figure: Figure::Of("jail_pooled", "ms"),
-        // Nothing, as far as two figures that each repeat to a hundredth can tell.
-        most: 0.02,
+        // Nothing, as far as the difference of two figures that each repeat to a hundredth can tell.
+        most: 0.03,
         limit: "in a pool all of it is done ahead; what is left is memory of a cgroup of its own, which is charged",
     },
     Wanted {

@@ -72,14 +72,6 @@ impl Forker {
         Ok(Self { jailer: Some(jailer) })
     }
 
-    /// Makes ahead what `count` jails need at once.
-    pub(crate) fn prepare(&mut self, count: usize) -> Result<(), EngineError> {
-        if let Some(jailer) = &mut self.jailer {
-            jailer.prepare(count)?;
-        }
-        Ok(())
-    }
-
     /// Does now what would otherwise be done for each process: for a process that does nothing but fork them.
     pub(crate) fn become_server(&mut self) -> Result<(), EngineError> {
         if let Some(jailer) = &mut self.jailer {

@@ -51,7 +51,7 @@ pub use picovm_guest_protocol::{ContainerExit, StartFailure};
 pub use picovm_rootfs::image::{Limits as ImageLimits, Progress as ImageProgress};
 pub use pool::{POOL_MAX, Pool, VMM_VARIABLE};
 pub use printable::{printable, printable_lines, printable_text};
-pub use running::{Launcher, RunningContainer};
+pub use running::RunningContainer;
 pub use scheduling::Prompt;
 pub use session::{Event, Session};
 pub use store::Store;

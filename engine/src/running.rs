@@ -20,66 +20,6 @@ fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
     EngineError::host(attempted)
 }
 
-/// Starts containers of one template, each in a clone that is forked at the request, in a VMM process of its own.
-pub struct Launcher<'template> {
-    template: &'template Template,
-    forker: Forker,
-}
-
-impl<'template> Launcher<'template> {
-    /// Compiles the filters of the jail, if there is to be one.
-    ///
-    /// # Errors
-    /// [`EngineError::Jail`].
-    pub fn new(template: &'template Template, confinement: Confinement) -> Result<Self, EngineError> {
-        Ok(Self {
-            template,
-            forker: Forker::new(template, confinement)?,
-        })
-    }
-
-    /// Makes ahead what `count` jails need at once.
-    ///
-    /// # Errors
-    /// [`EngineError::Jail`].
-    pub fn prepare(&mut self, count: usize) -> Result<(), EngineError> {
-        self.forker.prepare(count)
-    }
-
-    /// Starts a container. Its standard streams are these descriptors; [`ContainerOptions::stdin`] says whether the first one is
-    /// read.
-    ///
-    /// To be called by a process with one thread: the VMM process is a `fork(2)` of it. Others start containers from a
-    /// [`Pool`](crate::Pool), whose fork server is such a process.
-    ///
-    /// # Errors
-    /// [`EngineError::Threads`], [`EngineError::Jail`], [`EngineError::Host`]. What happens in the VMM process is told by
-    /// [`RunningContainer::wait`].
-    pub fn start(
-        &mut self,
-        options: &ContainerOptions,
-        streams: [BorrowedFd<'_>; 3],
-    ) -> Result<RunningContainer, EngineError> {
-        let (socket, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
-        let mut socket = Some(socket);
-        let mut keep = vec![theirs.as_fd()];
-        keep.extend(streams);
-        keep.extend(options.console_log.as_ref().map(AsFd::as_fd));
-        let template = self.template;
-        let child = self.forker.fork(template, &keep, |filters| {
-            // Its end is how the VMM process notices that nobody is left.
-            socket = None;
-            vmm_process::run_at_once(template, options, streams, &theirs, filters);
-        })?;
-        let socket =
-            socket.ok_or_else(|| failed("fork a VMM process")(io::ErrorKind::NotConnected.into()))?;
-        Ok(RunningContainer {
-            socket,
-            parent: Parent::Here(Some(child)),
-        })
-    }
-}
-
 /// How long a VMM process may take to end that is to end: it takes its clone down, which is a matter of milliseconds. One that
 /// its guest has taken over may not want to.
 const END_MAX: Duration = Duration::from_secs(5);
@@ -99,17 +39,37 @@ enum Parent {
 }
 
 impl RunningContainer {
-    /// Starts a container in a clone that is forked now: see [`Launcher`], which keeps what can be used again.
+    /// Starts a container in a clone that is forked now. Its standard streams are these descriptors;
+    /// [`ContainerOptions::stdin`] says whether the first one is read.
+    ///
+    /// To be called by a process with one thread: the VMM process is a `fork(2)` of it. Others start containers from a
+    /// [`Pool`](crate::Pool), whose fork server is such a process.
     ///
     /// # Errors
-    /// As [`Launcher::new`] and [`Launcher::start`].
+    /// [`EngineError::Threads`], [`EngineError::Jail`], [`EngineError::Host`]. What happens in the VMM process is told by
+    /// [`RunningContainer::wait`].
     pub fn start(
         template: &Template,
         options: &ContainerOptions,
         streams: [BorrowedFd<'_>; 3],
         confinement: Confinement,
     ) -> Result<Self, EngineError> {
-        Launcher::new(template, confinement)?.start(options, streams)
+        let (socket, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
+        let mut socket = Some(socket);
+        let mut keep = vec![theirs.as_fd()];
+        keep.extend(streams);
+        keep.extend(options.console_log.as_ref().map(AsFd::as_fd));
+        let child = Forker::new(template, confinement)?.fork(template, &keep, |filters| {
+            // Its end is how the VMM process notices that nobody is left.
+            socket = None;
+            vmm_process::run_at_once(template, options, streams, &theirs, filters);
+        })?;
+        let socket =
+            socket.ok_or_else(|| failed("fork a VMM process")(io::ErrorKind::NotConnected.into()))?;
+        Ok(Self {
+            socket,
+            parent: Parent::Here(Some(child)),
+        })
     }
 
     /// One that was started in a VMM process of a pool.

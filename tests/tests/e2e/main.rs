@@ -5,6 +5,7 @@ mod bench;
 mod clones;
 mod doctor;
 mod faults;
+mod jailed;
 mod machine;
 mod pool;
 mod run;

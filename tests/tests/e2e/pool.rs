@@ -56,7 +56,7 @@ impl Started {
 }
 
 /// Fork servers and VMM processes that there are: id and parent's id.
-fn vmm_processes() -> Vec<(i32, i32)> {
+pub fn vmm_processes() -> Vec<(i32, i32)> {
     let describe = |entry: std::fs::DirEntry| {
         let pid = entry.file_name().to_string_lossy().parse().ok()?;
         let line = std::fs::read(entry.path().join("cmdline")).ok()?;

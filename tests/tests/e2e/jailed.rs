@@ -1,0 +1,251 @@
+//! Every VMM process is confined, however its clone was started.
+
+use std::collections::HashSet;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use picovm_engine::{Confinement, Parking, Pool};
+
+use crate::pool::{alone, gone_within, vmm_processes};
+use crate::{picovm, stderr, stdout, store, template};
+
+/// A container that has said that it is up, and waits; dropping it kills its picovm.
+struct Waiting(Child);
+
+impl Waiting {
+    fn start(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = [0u8; 3];
+        child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+        Self(child)
+    }
+
+    /// Its VMM process.
+    fn vmm(&self) -> String {
+        let id = self.0.id();
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+        let mut children = children.split_whitespace();
+        let vmm = children.next().expect("there is no VMM process").to_owned();
+        assert_eq!(children.next(), None);
+        vmm
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn waiting(options: &[&str]) -> Waiting {
+    template();
+    let command = ["debian", "sh", "-c", "echo up; exec sleep 1000"];
+    Waiting::start(&mut picovm(&[&["run"], options, &command].concat()))
+}
+
+fn status(process: &str, field: &str) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    line.trim_start_matches(':')
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .to_owned()
+}
+
+fn namespace(process: &str, name: &str) -> std::path::PathBuf {
+    std::fs::read_link(format!("/proc/{process}/ns/{name}")).unwrap()
+}
+
+/// Looks at a VMM process from outside.
+fn assert_jailed(process: &str) {
+    assert!(status(process, "Uid").parse::<u32>().unwrap() >= 200_000);
+    assert!(status(process, "Gid").parse::<u32>().unwrap() >= 200_000);
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(u64::from_str_radix(&status(process, set), 16), Ok(0), "{set}");
+    }
+    assert_eq!(status(process, "NoNewPrivs"), "1");
+    for name in ["mnt", "pid", "ipc", "uts", "net"] {
+        assert_ne!(namespace(process, name), namespace("self", name), "{name}");
+    }
+    let root = std::fs::read_dir(format!("/proc/{process}/root")).unwrap();
+    assert_eq!(root.count(), 0, "its root is empty");
+    let cgroup = std::fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
+    assert!(cgroup.contains("picovm-jail"), "{cgroup}");
+    let threads: Vec<String> = std::fs::read_dir(format!("/proc/{process}/task"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(threads.len() >= 3, "{threads:?}");
+    for thread in threads {
+        let of_thread = format!("{process}/task/{thread}");
+        // A thread that the kernel makes for a VM has no system calls.
+        if status(&of_thread, "Name").starts_with("kvm-") {
+            continue;
+        }
+        // The outer filter, and that of its kind.
+        assert_eq!(
+            status(&of_thread, "Seccomp"),
+            "2",
+            "{}",
+            status(&of_thread, "Name")
+        );
+        assert_eq!(
+            status(&of_thread, "Seccomp_filters"),
+            "2",
+            "{}",
+            status(&of_thread, "Name")
+        );
+    }
+    for descriptor in std::fs::read_dir(format!("/proc/{process}/fd")).unwrap() {
+        let leads_to = std::fs::read_link(descriptor.unwrap().path()).unwrap();
+        let name = leads_to.to_string_lossy().into_owned();
+        let wanted = [
+            "/dev/kvm",
+            "/dev/null",
+            "anon_inode:",
+            "socket:",
+            "pipe:",
+            "/memory",
+            "/image",
+            ".erofs",
+        ];
+        assert!(wanted.iter().any(|part| name.contains(part)), "{name} is open");
+    }
+}
+
+#[test]
+fn every_vmm_process_is_in_a_jail() {
+    let _alone = alone();
+    assert_jailed(&waiting(&[]).vmm());
+
+    let mut pool = Pool::new(template(), 2, Parking::Prefaulted, Confinement::Jailed).unwrap();
+    pool.wait_until_full(Duration::from_secs(60)).unwrap();
+    let server = pool.server_id() as i32;
+    let clones: Vec<i32> = vmm_processes()
+        .into_iter()
+        .filter_map(|(id, parent)| (parent == server).then_some(id))
+        .collect();
+    assert_eq!(clones.len(), 2);
+    for clone in &clones {
+        assert_jailed(&clone.to_string());
+    }
+    let ids: HashSet<String> = clones
+        .iter()
+        .map(|clone| status(&clone.to_string(), "Uid"))
+        .collect();
+    assert_eq!(ids.len(), 2, "each has an id of its own");
+    drop(pool);
+    assert!(gone_within(Duration::from_secs(20)));
+}
+
+#[test]
+fn the_callers_environment_is_not_in_the_vmm_process() {
+    let _alone = alone();
+    template();
+    let mut command = picovm(&["run", "debian", "sh", "-c", "echo up; exec sleep 1000"]);
+    let waiting = Waiting::start(command.env("TOKEN", "hunter2"));
+    let environment = |process: &str| std::fs::read(format!("/proc/{process}/environ")).unwrap();
+    let has = |bytes: &[u8]| bytes.windows(7).any(|window| window == b"hunter2");
+    assert!(has(&environment(&waiting.0.id().to_string())));
+    assert!(!has(&environment(&waiting.vmm())));
+}
+
+#[test]
+fn without_a_jail_there_is_a_warning() {
+    let _alone = alone();
+    template();
+    let output = picovm(&["run", "--no-jail", "debian", "echo", "hi"])
+        .output()
+        .unwrap();
+    assert_eq!(stdout(&output), "hi");
+    assert!(
+        stderr(&output).contains("warning: --no-jail"),
+        "{}",
+        stderr(&output)
+    );
+    let output = picovm(&["run", "--seccomp=log", "debian", "echo", "hi"])
+        .output()
+        .unwrap();
+    assert_eq!(stdout(&output), "hi");
+    assert!(
+        stderr(&output).contains("warning: --seccomp=log"),
+        "{}",
+        stderr(&output)
+    );
+    // Nothing is missing in the lists.
+    assert!(
+        !stderr(&output).contains("not in the list"),
+        "{}",
+        stderr(&output)
+    );
+    assert_eq!(
+        status(&waiting(&["--no-jail"]).vmm(), "Uid"),
+        status("self", "Uid")
+    );
+}
+
+#[test]
+fn isolated_memory_is_no_mapping_of_the_template() {
+    let _alone = alone();
+    let maps = |waiting: &Waiting| {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", waiting.vmm())).unwrap();
+        maps.lines().filter(|line| line.ends_with("/memory")).count()
+    };
+    assert!(maps(&waiting(&[])) > 0);
+    assert_eq!(maps(&waiting(&["--isolate-memory"])), 0);
+    let output = picovm(&[
+        "run",
+        "--isolate-memory",
+        "debian",
+        "sh",
+        "-c",
+        "cat /etc/debian_version; exit 3",
+    ])
+    .output()
+    .unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(stdout(&output).starts_with("12"), "{}", stdout(&output));
+}
+
+#[test]
+fn without_root_anywhere_a_container_runs_in_a_jail_too() {
+    let _alone = alone();
+    // Everything that another user needs, where it can read and write it.
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let binary = at("picovm");
+    std::fs::create_dir(at("guest")).unwrap();
+    std::fs::copy(picovm_tests::binary(), &binary).unwrap();
+    std::fs::copy(crate::guest().kernel, at("guest/vmlinux")).unwrap();
+    std::fs::copy(crate::guest().initramfs, at("guest/initramfs.cpio")).unwrap();
+    let copied = Command::new("cp")
+        .args(["-r", "--reflink=auto"])
+        .arg(store().path())
+        .arg(at("store"))
+        .status()
+        .unwrap();
+    assert!(copied.success());
+    let script = "mknod \"$KVM\" c 10 232 && chmod 666 \"$KVM\" && mount --bind \"$KVM\" /dev/kvm && \
+                  chown -R 65534:65534 \"$PICOVM_HOME\" && chmod 755 \"$PICOVM_HOME/..\" && \
+                  exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all \"$0\" run debian \
+                  sh -c 'echo up; exec sleep 1000'";
+    let waiting = Waiting::start(
+        Command::new("unshare")
+            .args(["--mount", "sh", "-c", script])
+            .arg(&binary)
+            .env("PICOVM_HOME", at("store"))
+            .env("KVM", at("kvm")),
+    );
+    let vmm = waiting.vmm();
+    assert_eq!(status(&vmm, "Uid"), "65534");
+    assert_eq!(status(&vmm, "Seccomp"), "2");
+    for name in ["user", "mnt", "pid", "ipc", "uts", "net"] {
+        assert_ne!(namespace(&vmm, name), namespace("self", name), "{name}");
+    }
+    let root = std::fs::read_dir(Path::new("/proc").join(&vmm).join("root")).unwrap();
+    assert_eq!(root.count(), 0, "its root is empty");
+}
