@@ -15,7 +15,7 @@ const PASSWORDS: &str = "user:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWd
 pub struct Registry {
     process: Child,
     port: u16,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl Registry {
@@ -29,14 +29,56 @@ impl Registry {
         Self::with("auth: {htpasswd: {realm: test, path: PASSWORDS}}\n")
     }
 
-    fn with(more: &str) -> Self {
+    /// One that speaks TLS, with a certificate that nobody knows but who trusts [`Registry::certificate`].
+    pub fn with_tls() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| directory.path().join(name).display().to_string();
+        let (key, certificate) = (at("key.pem"), at("certificate.pem"));
+        tool(
+            "openssl",
+            &[
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=localhost",
+                "-addext",
+                "subjectAltName=DNS:localhost",
+                "-keyout",
+                &key,
+                "-out",
+                &certificate,
+            ],
+        );
+        Self::in_directory(
+            directory,
+            "",
+            &format!(", tls: {{key: {key}, certificate: {certificate}}}"),
+        )
+    }
+
+    /// Where its certificate lies.
+    pub fn certificate(&self) -> std::path::PathBuf {
+        self.directory.path().join("certificate.pem")
+    }
+
+    fn with(more: &str) -> Self {
+        Self::in_directory(tempfile::tempdir().expect("a directory"), more, "")
+    }
+
+    fn in_directory(directory: TempDir, more: &str, http: &str) -> Self {
         let at = |name: &str| directory.path().join(name).display().to_string();
         std::fs::write(at("passwords"), PASSWORDS).expect("the passwords");
         let port = free_port();
         let configuration = format!(
             "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
-             http: {{addr: '127.0.0.1:{port}'}}\n{}",
+             http: {{addr: '127.0.0.1:{port}'{http}}}\n{}",
             at("data"),
             more.replace("PASSWORDS", &at("passwords"))
         );
@@ -51,7 +93,7 @@ impl Registry {
         let mut registry = Self {
             process,
             port,
-            _directory: directory,
+            directory,
         };
         let begun = Instant::now();
         let address = SocketAddr::from(([127, 0, 0, 1], port));
