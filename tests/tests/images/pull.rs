@@ -162,7 +162,7 @@ fn tls_is_spoken_and_a_certificate_that_nobody_vouches_for_is_refused() {
     assert!(refused.contains("certificate"), "{refused}");
     let output = place
         .picovm(&["pull", &name])
-        .env("SSL_CERT_FILE", registry.certificate())
+        .env("SSL_CERT_FILE", registry.authority())
         .output()
         .expect("picovm starts");
     assert!(output.status.success(), "{}", stderr(&output));

@@ -29,32 +29,49 @@ impl Registry {
         Self::with("auth: {htpasswd: {realm: test, path: PASSWORDS}}\n")
     }
 
-    /// One that speaks TLS, with a certificate that nobody knows but who trusts [`Registry::certificate`].
+    /// One that speaks TLS, with a certificate of an authority that nobody knows: [`Registry::authority`].
     pub fn with_tls() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let at = |name: &str| directory.path().join(name).display().to_string();
         let (key, certificate) = (at("key.pem"), at("certificate.pem"));
-        tool(
-            "openssl",
-            &[
+        let made = |subject: &str, key: &str, certificate: &str, more: &[&str]| {
+            let mut arguments = vec![
                 "req",
                 "-x509",
                 "-newkey",
                 "ec",
                 "-pkeyopt",
                 "ec_paramgen_curve:prime256v1",
+            ];
+            arguments.extend([
                 "-nodes",
                 "-days",
                 "2",
                 "-subj",
-                "/CN=localhost",
-                "-addext",
-                "subjectAltName=DNS:localhost",
+                subject,
                 "-keyout",
-                &key,
+                key,
                 "-out",
-                &certificate,
-            ],
+                certificate,
+            ]);
+            arguments.extend(more);
+            tool("openssl", &arguments);
+        };
+        let (authority_key, authority) = (at("authority-key.pem"), at("authority.pem"));
+        made("/CN=authority", &authority_key, &authority, &[]);
+        let more = [
+            "-CA",
+            &authority,
+            "-CAkey",
+            &authority_key,
+            "-addext",
+            "subjectAltName=DNS:localhost",
+        ];
+        made(
+            "/CN=localhost",
+            &key,
+            &certificate,
+            &[&more[..], &["-addext", "basicConstraints=CA:FALSE"]].concat(),
         );
         Self::in_directory(
             directory,
@@ -63,9 +80,9 @@ impl Registry {
         )
     }
 
-    /// Where its certificate lies.
-    pub fn certificate(&self) -> std::path::PathBuf {
-        self.directory.path().join("certificate.pem")
+    /// Where the certificate of that authority lies.
+    pub fn authority(&self) -> std::path::PathBuf {
+        self.directory.path().join("authority.pem")
     }
 
     fn with(more: &str) -> Self {
