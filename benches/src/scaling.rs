@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use picovm_engine::figures::ms;
-use picovm_engine::{ContainerExit, ContainerOptions, Parking, Pool, RunningContainer};
+use picovm_engine::{Confinement, ContainerExit, ContainerOptions, Parking, Pool, RunningContainer};
 use picovm_vmm::Template;
 
 use crate::clones;
@@ -132,7 +132,7 @@ fn together(template: &Template) -> anyhow::Result<[f64; 1]> {
 /// From the first request to the last exit status of containers that are started together, from a pool that has a clone for
 /// each.
 fn pooled_together(template: &Template) -> anyhow::Result<[f64; 1]> {
-    let mut pool = Pool::new(template, TOGETHER, Parking::Prefaulted)?;
+    let mut pool = Pool::new(template, TOGETHER, Parking::Prefaulted, Confinement::Jailed)?;
     pool.wait_until_full(PARKING_MAX)?;
     let start = Instant::now();
     let containers = (0..TOGETHER)
@@ -147,7 +147,7 @@ fn pooled_together(template: &Template) -> anyhow::Result<[f64; 1]> {
 /// Starts containers one after the other from a pool that is refilled meanwhile, ended clones being torn down meanwhile, too.
 /// Gives starts a second and milliseconds for each: on a host with one processor that is all the work that there is.
 fn one_after_the_other(template: &Template, starts: u32) -> anyhow::Result<[f64; 2]> {
-    let mut pool = Pool::new(template, POOL, Parking::Prefaulted)?;
+    let mut pool = Pool::new(template, POOL, Parking::Prefaulted, Confinement::Jailed)?;
     pool.wait_until_full(PARKING_MAX)?;
     let start = Instant::now();
     for _ in 0..starts {

@@ -2,14 +2,16 @@
 //! its end.
 
 use std::io::Read;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::process::Command;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use picovm_engine::figures::ms;
-use picovm_engine::{ContainerOptions, Image, Parking, Pool, Prompt};
+use picovm_engine::{
+    Confinement, ContainerOptions, Image, Launcher, Parking, Pool, Prompt, RunningContainer,
+};
 use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::{Template, WorkingSet};
 
@@ -45,7 +47,7 @@ pub fn measure(
     };
     let mut smallest = boot::build_smallest_template(workspace, &workspace.path("smallest"))?;
     smallest.record_working_set(clones::record_first_instruction(&smallest)?);
-    let mut pool = Pool::new(&small, 1, Parking::Prefaulted)?;
+    let mut pool = Pool::new(&small, 1, Parking::Prefaulted, Confinement::Jailed)?;
     let mut probes = vec![
         Probe::new(
             [("process_first_byte", Unit::Ms), ("process_exit", Unit::Ms)],
@@ -73,7 +75,10 @@ pub fn measure(
             [("engine_first_byte", Unit::Ms), ("engine_exit", Unit::Ms)],
             || pooled(&mut pool),
         ),
-        run_probe(workspace, SMALL),
+        jailed_probe(&small),
+        pooled_jail_probe(&small)?,
+        run_probe(workspace, SMALL, &[]),
+        run_probe(workspace, SMALL, &["--no-jail"]).named("unjailed_"),
     ];
     probes.extend(firecracker_probe(workspace, selection, report));
     probes.extend(cloud_hypervisor_probes(workspace, selection, report));
@@ -88,7 +93,7 @@ pub fn measure(
     }
     if let Some(template) = &distribution {
         probes.push(clones::fork_probe(template).named("debian_"));
-        probes.push(run_probe(workspace, DISTRIBUTION).named("debian_"));
+        probes.push(run_probe(workspace, DISTRIBUTION, &[]).named("debian_"));
     }
     rounds::measure("starts", probes, selection, (DISCARDED, rounds), report)?;
     note_steps(report);
@@ -237,7 +242,7 @@ pub fn check_output(output: &[u8]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run_probe<'a>(workspace: &'a Workspace, image: &'static str) -> Probe<'a> {
+fn run_probe<'a>(workspace: &'a Workspace, image: &'static str, options: &'static [&str]) -> Probe<'a> {
     Probe::new(
         [("run_first_byte", Unit::Ms), ("run_exit", Unit::Ms)],
         move || {
@@ -245,10 +250,46 @@ fn run_probe<'a>(workspace: &'a Workspace, image: &'static str) -> Probe<'a> {
             command
                 .env("PICOVM_HOME", workspace.store.root())
                 .env_remove("PICOVM_GUEST");
-            command.args(["run", "--memory", &format!("{MEMORY_MIB}m"), image, "echo", WORD]);
+            command.args(["run", "--memory", &format!("{MEMORY_MIB}m")]);
+            command.args(options).args([image, "echo", WORD]);
             process(&mut command)
         },
     )
+}
+
+/// What a jail adds to a cold start in a process that has prepared it: the difference of two starts that follow one another.
+fn jailed_probe(template: &Template) -> Probe<'_> {
+    let mut launchers = None;
+    let measures = [
+        ("vmm_process_first_byte", Unit::Ms),
+        ("jailed_first_byte", Unit::Ms),
+        ("jail_cold", Unit::Ms),
+    ];
+    Probe::new(measures, move || {
+        if launchers.is_none() {
+            let launcher = |confinement| Launcher::new(template, confinement);
+            launchers = Some((launcher(Confinement::Unconfined)?, launcher(Confinement::Jailed)?));
+        }
+        let Some((unconfined, jailed)) = &mut launchers else {
+            bail!("there is no launcher");
+        };
+        jailed.prepare(1)?;
+        let [without, _] = started(|options, streams| Ok(unconfined.start(options, streams)?))?;
+        std::thread::sleep(PARKED);
+        let [with, _] = started(|options, streams| Ok(jailed.start(options, streams)?))?;
+        Ok([without, with, with - without])
+    })
+}
+
+/// What a jail adds to a start from a pool.
+fn pooled_jail_probe(template: &Template) -> anyhow::Result<Probe<'static>> {
+    let pool = |confinement| Pool::new(template, 1, Parking::Prefaulted, confinement);
+    let (mut unconfined, mut jailed) = (pool(Confinement::Unconfined)?, pool(Confinement::Jailed)?);
+    Ok(Probe::new([("jail_pooled", Unit::Ms)], move || {
+        let [without, _] = pooled(&mut unconfined)?;
+        let [with, _] = pooled(&mut jailed)?;
+        Ok([with - without])
+    }))
 }
 
 /// Starts a container through the engine, in a clone of its pool.
@@ -257,13 +298,20 @@ fn pooled(pool: &mut Pool) -> anyhow::Result<[f64; 2]> {
     pool.wait_until_full(START_MAX)?;
     std::thread::sleep(PARKED);
 
+    started(|options, streams| Ok(pool.start(options, streams)?))
+}
+
+/// To the first byte, and to the exit status, of `echo` started like this.
+fn started(
+    start: impl FnOnce(&ContainerOptions, [BorrowedFd<'_>; 3]) -> anyhow::Result<RunningContainer>,
+) -> anyhow::Result<[f64; 2]> {
     let null = std::fs::File::open("/dev/null")?;
-    let start = Instant::now();
+    let _prompt = Prompt::begin();
+    let begun = Instant::now();
     let (mut output, theirs) = std::io::pipe()?;
     let streams = [null.as_fd(), theirs.as_fd(), theirs.as_fd()];
-    let container = pool.start(&ContainerOptions::command(["echo", WORD]), streams)?;
+    let container = start(&ContainerOptions::command(["echo", WORD]), streams)?;
     drop(theirs);
-    let _prompt = Prompt::begin();
     let mut bytes = [0u8; 4096];
     let count = output.read(&mut bytes)?;
     let first = Instant::now();
@@ -273,5 +321,5 @@ fn pooled(pool: &mut Pool) -> anyhow::Result<[f64; 2]> {
     if exit != ContainerExit::Code(0) {
         bail!("a container ended with {exit:?}");
     }
-    Ok([ms(start, first), ms(start, end)])
+    Ok([ms(begun, first), ms(begun, end)])
 }

@@ -109,6 +109,22 @@ pub struct RunOptions {
     /// Write the guest's console output to this file
     #[arg(long, value_name = "FILE")]
     pub console_log: Option<PathBuf>,
+    /// Share no page of memory with other containers, for those who mind what can be told from the time that an access takes;
+    /// starts later and takes more memory
+    #[arg(long)]
+    pub isolate_memory: bool,
+    /// For debugging: run the VMM process unconfined, so that a guest that breaks out of its VM can do what you can
+    #[arg(long)]
+    pub no_jail: bool,
+    /// What happens when the VMM makes a system call that its jail does not allow
+    #[arg(
+        long,
+        value_name = "MODE",
+        value_enum,
+        default_value = "kill",
+        conflicts_with = "no_jail"
+    )]
+    pub seccomp: SeccompMode,
     /// Accepted for compatibility: a container never outlives its command
     #[arg(long)]
     pub rm: bool,
@@ -117,6 +133,15 @@ pub struct RunOptions {
     /// The command and its arguments; by default the image's. To an image with an entry point, they are arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub command: Vec<OsString>,
+}
+
+/// What happens at a system call that is not allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum SeccompMode {
+    /// The VMM process is killed
+    Kill,
+    /// It is told on standard error and let through: for finding out what is missing
+    Log,
 }
 
 #[derive(Subcommand)]

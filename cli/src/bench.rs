@@ -13,8 +13,8 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use picovm_engine::figures::{self, median, ms, percentile};
 use picovm_engine::{
-    Container, ContainerExit, ContainerOptions, Density, DensityProgress, Interruption, Parking, Pool,
-    Prompt, Stdio, Store, TemplateSpec,
+    Confinement, Container, ContainerExit, ContainerOptions, Density, DensityProgress, Interruption, Parking,
+    Pool, Prompt, Stdio, Store, TemplateSpec, printable,
 };
 use picovm_vmm::Template;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -187,7 +187,7 @@ fn latency(options: &LatencyOptions) -> anyhow::Result<ExitCode> {
         [] => vec!["echo".into(), WORD.into()],
         command => command.to_vec(),
     };
-    let mut pool = Pool::new(&template, 1, Parking::Prefaulted)?;
+    let mut pool = Pool::new(&template, 1, Parking::Prefaulted, Confinement::Jailed)?;
     let mut probes = vec![
         Probe::new("a cold start", ["cold_first_byte", "cold_exit"], || {
             cold(&template, &command)
@@ -380,8 +380,8 @@ fn check(exit: &ContainerExit, has_output: bool) -> anyhow::Result<()> {
         ContainerExit::NotStarted(failure) => {
             bail!(
                 "the command cannot be started: cannot {}: {}",
-                failure.attempted,
-                failure.message
+                printable(&failure.attempted),
+                printable(&failure.message)
             )
         }
         ContainerExit::Code(0) if has_output => Ok(()),

@@ -45,6 +45,7 @@ pub fn container_options(
         user: options.user.clone().unwrap_or_else(|| config.user.into()),
         hostname: options.hostname.clone(),
         stdin: options.interactive,
+        isolate_memory: options.isolate_memory,
         console_log,
     })
 }

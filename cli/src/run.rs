@@ -6,20 +6,23 @@ use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use picovm_engine::{ContainerExit, RunningContainer, Store, TemplateSpec};
+use picovm_engine::{Confinement, ContainerExit, RunningContainer, Store, TemplateSpec, printable};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
-use crate::arguments::RunOptions;
+use crate::arguments::{RunOptions, SeccompMode};
 use crate::image_defaults;
 
 /// Exit status of a container that `--timeout` ended, as `timeout(1)` has it.
 const TIMED_OUT: u8 = 124;
 /// So many Ctrl-C, and a container that ignores them is killed.
 const PATIENCE: u32 = 3;
+
+/// How long a VMM process may take that was told to end its container, until it is killed itself.
+const KILL_MAX: Duration = Duration::from_secs(5);
 
 /// Signals that are passed on to the container.
 const FORWARDED: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
@@ -81,6 +84,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         &template,
         &image_defaults::container_options(&spec.image, options, console_log)?,
         streams,
+        confinement(options),
     )?;
     // From here on a Ctrl-C is the container's. Its VMM process has none of these handlers.
     let signals = Signals::watch()?;
@@ -90,11 +94,19 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         .and_then(|timeout| Instant::now().checked_add(timeout));
     let mut interrupts = 0;
     let mut timed_out = false;
+    // When a VMM process that was told to end its container has had its time.
+    let mut patience = None;
+    let mut killed = false;
     loop {
-        match wait(&container, &signals, deadline.filter(|_| !timed_out))? {
+        match wait(&container, &signals, patience.or(deadline).filter(|_| !killed))? {
             Wake::Ended => break,
+            Wake::Deadline if patience.is_some() => {
+                killed = true;
+                container.kill_vmm_process();
+            }
             Wake::Deadline => {
                 timed_out = true;
+                patience = Some(Instant::now() + KILL_MAX);
                 // One that has ended meanwhile needs no signal.
                 let _ = container.kill(SIGKILL as u8);
             }
@@ -102,6 +114,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
                 let Some(signal) = signals.take() else { continue };
                 interrupts += u32::from(i32::from(signal) == SIGINT);
                 let _ = if interrupts >= PATIENCE {
+                    patience = patience.or(Some(Instant::now() + KILL_MAX));
                     container.kill(SIGKILL as u8)
                 } else {
                     container.signal(signal)
@@ -109,15 +122,43 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
             }
         }
     }
-    let exit = container.wait()?;
+    let exit = match container.wait() {
+        // How it took its end is of no interest.
+        Err(_) if killed => ContainerExit::Signal(SIGKILL as u8),
+        exit => exit?,
+    };
     if let ContainerExit::NotStarted(failure) = &exit {
-        eprintln!("picovm: cannot {}: {}", failure.attempted, failure.message);
+        eprintln!(
+            "picovm: cannot {}: {}",
+            printable(&failure.attempted),
+            printable(&failure.message)
+        );
     }
     Ok(ExitCode::from(if timed_out {
         TIMED_OUT
     } else {
         exit.shell_status()
     }))
+}
+
+/// How the container's VMM process is to be confined. Less than all is not done silently.
+fn confinement(options: &RunOptions) -> Confinement {
+    match options.seccomp {
+        _ if options.no_jail => {
+            eprintln!(
+                "picovm: warning: --no-jail: nothing but its VM stands between this container and the host. Use it for \
+                 debugging only"
+            );
+            Confinement::Unconfined
+        }
+        SeccompMode::Log => {
+            eprintln!(
+                "picovm: warning: --seccomp=log: the VMM may make any system call. Use it for debugging only"
+            );
+            Confinement::CallsLogged
+        }
+        SeccompMode::Kill => Confinement::Jailed,
+    }
 }
 
 /// Why a wait for a container is over.

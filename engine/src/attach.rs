@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use picovm_guest_protocol::{ContainerExit, Stream};
@@ -11,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::container::Container;
 use crate::error::EngineError;
 use crate::scheduling::Prompt;
-use crate::session::Event;
+use crate::session::{Event, Session};
 
 /// What a container's streams are connected with.
 pub struct Stdio<'fd> {
@@ -64,6 +65,9 @@ const ATOMIC: usize = 4096;
 
 /// Bytes that are taken from the connection at once.
 const RECEIVED_AT_ONCE: usize = 64 << 10;
+
+/// Bytes that are taken from the connection before they are looked at.
+const RECEIVED_MAX: usize = 256 << 10;
 
 /// How long to wait at once for what a clone that has ended said last.
 const LAST_WORDS: Duration = Duration::from_millis(5);
@@ -230,7 +234,9 @@ impl Container {
             }
             for source in ready {
                 match source {
-                    Source::Connection => self.receive()?,
+                    Source::Connection => {
+                        self.receive()?;
+                    }
                     Source::Stdin => stdin_open = self.forward_stdin(stdio.stdin)?,
                     Source::Sink => {}
                     Source::Wake => {
@@ -244,8 +250,8 @@ impl Container {
             self.take_events(&mut sinks, &mut exit)?;
             if ended && exit.is_none() && !self.machine.output_waits() {
                 // The device has handed everything over: what is not in the connection now never comes.
-                self.receive()?;
-                if !self.take_events(&mut sinks, &mut exit)? {
+                let more = self.receive()?;
+                if !self.take_events(&mut sinks, &mut exit)? && !more {
                     return Err(self.ended());
                 }
             }
@@ -302,24 +308,9 @@ impl Container {
         Ok(())
     }
 
-    fn receive(&mut self) -> Result<(), EngineError> {
-        // Not an array: it would be filled with zeros, page by page, to receive a few bytes.
-        let mut bytes = Vec::with_capacity(RECEIVED_AT_ONCE);
-        loop {
-            bytes.clear();
-            match rustix::io::read(&self.connection, spare_capacity(&mut bytes)) {
-                Ok(0) => return Ok(()),
-                Ok(count) => {
-                    self.session.received(&bytes);
-                    if count < RECEIVED_AT_ONCE {
-                        return Ok(());
-                    }
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => return Ok(()),
-                Err(error) => return Err(EngineError::host("read from the clone")(error.into())),
-            }
-        }
+    /// Takes what has come in, as much as is to be looked at before anything else; whether there may be more.
+    fn receive(&mut self) -> Result<bool, EngineError> {
+        receive(&self.connection, &mut self.session)
     }
 
     /// Reads standard input once; whether more may follow.
@@ -344,6 +335,31 @@ impl Container {
             }
         }
     }
+}
+
+/// Moves bytes from the connection into the session, [`RECEIVED_MAX`] at most: a clone may send as fast as they are taken.
+/// Whether there may be more.
+fn receive(connection: &UnixStream, session: &mut Session) -> Result<bool, EngineError> {
+    // Not an array: it would be filled with zeros, page by page, to receive a few bytes.
+    let mut bytes = Vec::with_capacity(RECEIVED_AT_ONCE);
+    let mut received = 0;
+    while received < RECEIVED_MAX {
+        bytes.clear();
+        match rustix::io::read(connection, spare_capacity(&mut bytes)) {
+            Ok(0) => return Ok(false),
+            Ok(count) => {
+                session.received(&bytes);
+                received += count;
+                if count < RECEIVED_AT_ONCE {
+                    return Ok(false);
+                }
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) => return Ok(false),
+            Err(error) => return Err(EngineError::host("read from the clone")(error.into())),
+        }
+    }
+    Ok(true)
 }
 
 #[derive(Clone, Copy)]
@@ -379,4 +395,24 @@ fn wait(fds: Vec<(Source, PollFd<'_>, bool)>, deadline: Option<Instant>) -> Resu
         .filter(|(_, fd)| !fd.revents().is_empty())
         .map(|(source, _)| source)
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clone_that_sends_without_end_is_looked_at_after_a_while() {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let flood = std::thread::spawn(move || while there.write_all(&[0; 256 << 10]).is_ok() {});
+        let (sender, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut session = Session::default();
+            let more = receive(&here, &mut session).unwrap();
+            sender.send(more).unwrap();
+        });
+        let more = done.recv_timeout(Duration::from_secs(20)).expect("it comes back");
+        assert!(more);
+        flood.join().unwrap();
+    }
 }

@@ -11,6 +11,7 @@ use picovm_guest_protocol::{ContainerSpec, Identity, IdentityError};
 use picovm_vmm::{ForkOptions, Machine, Outcome, Template};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::confinement::ThreadFilters;
 use crate::error::EngineError;
 use crate::session::Session;
 
@@ -29,6 +30,9 @@ pub struct ContainerOptions {
     pub hostname: Option<String>,
     /// Whether standard input is connected.
     pub stdin: bool,
+    /// Whether the clone shares no page with others of its template: see [`ForkOptions::isolate_memory`]. Only a container that is
+    /// started cold can.
+    pub isolate_memory: bool,
     /// Where the guest's console output goes, beside the tail that is kept in memory.
     pub console_log: Option<File>,
 }
@@ -139,6 +143,10 @@ impl Identified {
     }
 }
 
+/// How long after a machine has raised its descriptor it may take until it tells why it stopped: a moment, if the thread that
+/// tells is not held up by others.
+const STOP_MAX: Duration = Duration::from_secs(5);
+
 /// A container that runs. Dropping it ends its clone and leaves nothing.
 pub struct Container {
     pub(crate) machine: Machine,
@@ -149,20 +157,33 @@ pub struct Container {
 }
 
 impl Container {
-    /// Forks a clone, gives it its identity and lets it run.
+    /// Forks a clone in this very process, gives it its identity and lets it run. Nothing but the wall of its VM confines it:
+    /// [`RunningContainer`](crate::RunningContainer) has one in a jailed process of its own.
     ///
     /// # Errors
     /// [`EngineError::Template`], [`EngineError::Machine`] for what the host refuses.
     pub fn start(template: &Template, options: &ContainerOptions) -> Result<Self, EngineError> {
+        Self::start_confined(template, options, &ThreadFilters::default())
+    }
+
+    /// As [`Container::start`], with every thread of this process confined before the guest runs.
+    pub(crate) fn start_confined(
+        template: &Template,
+        options: &ContainerOptions,
+        filters: &ThreadFilters,
+    ) -> Result<Self, EngineError> {
         let mut identified = Identified::new(template, options.request())?;
         let machine = template.fork(ForkOptions {
             identity: std::mem::take(&mut identified.identity),
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
+            on_thread: filters.on_thread(),
+            isolate_memory: options.isolate_memory,
             ..ForkOptions::default()
         })?;
         if let Some(set) = template.working_set() {
             set.populate_written(machine.memory());
         }
+        filters.seal()?;
         identified.run(machine)
     }
 
@@ -213,10 +234,11 @@ impl Container {
 
     /// The error for a clone that has ended before its container told how it ended.
     pub(crate) fn ended(&mut self) -> EngineError {
-        let reason = match self.machine.wait(Some(Duration::ZERO)) {
+        // The machine's descriptor is raised just before the stop itself is told.
+        let reason = match self.machine.wait(Some(STOP_MAX)) {
             Ok(Some(Outcome::FreezePoint)) => "it went back to its freeze point".to_owned(),
             Ok(Some(outcome)) => outcome.to_string(),
-            Ok(None) => "it closed its control connection".to_owned(),
+            Ok(None) => "it stopped without a reason".to_owned(),
             Err(error) => error.to_string(),
         };
         EngineError::CloneEnded {

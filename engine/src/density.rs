@@ -11,6 +11,7 @@ use picovm_vmm::Template;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 
+use crate::confinement::Confinement;
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::figures::ms;
@@ -122,7 +123,7 @@ impl Density {
         };
 
         // What the first one of all needs is not of each.
-        let mut pool = Pool::new(template, 1, parking)?;
+        let mut pool = Pool::new(template, 1, parking, Confinement::Jailed)?;
         pool.wait_until_full(limit)?;
         let mut first = Live::start(&mut pool, limit)?;
         first.ask()?;

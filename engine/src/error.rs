@@ -5,10 +5,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use picovm_guest_protocol::{ContainerExit, FrameError};
+use picovm_jailer::JailError;
 use picovm_rootfs::image::ImageError;
 use picovm_vmm::{MachineError, TemplateError};
 
 use crate::images::ImagesError;
+use crate::printable::{printable, printable_lines, printable_text};
 
 /// Why the engine could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -118,7 +120,7 @@ pub enum EngineError {
         looked: Vec<PathBuf>,
     },
     /// A VMM process failed, for the reason that it told.
-    #[error("{0}")]
+    #[error("{}", printable_text(.0))]
     Vmm(String),
     /// A process with more than one thread cannot be forked into a VMM process.
     #[error(
@@ -160,6 +162,14 @@ pub enum EngineError {
         /// To how many the limit can be raised.
         limit: u64,
     },
+    /// A pool's clones share the memory of their template.
+    #[error(
+        "a parked clone shares memory with others of its template: start a container with isolated memory cold"
+    )]
+    NotIsolated,
+    /// A VMM process cannot be confined.
+    #[error("the VMM process cannot be confined: {0}")]
+    Jail(#[from] JailError),
     /// What the agent sends makes no sense.
     #[error("the clone's agent broke the protocol: {0}")]
     Protocol(#[from] FrameError),
@@ -183,18 +193,18 @@ fn how(exit: &ContainerExit) -> String {
         ContainerExit::NotStarted(failure) => {
             format!(
                 "could not be started: cannot {}: {}",
-                failure.attempted, failure.message
+                printable(&failure.attempted),
+                printable(&failure.message)
             )
         }
     }
 }
 
 fn console(tail: &str) -> String {
-    let tail = tail.trim_end();
-    if tail.is_empty() {
+    if tail.trim_end().is_empty() {
         String::new()
     } else {
-        format!("\nits last console output:\n{tail}")
+        format!("\nits last console output:\n{}", printable_lines(tail))
     }
 }
 
@@ -212,5 +222,41 @@ impl EngineError {
 
     pub(crate) fn host(attempted: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Host { attempted, source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use picovm_guest_protocol::StartFailure;
+
+    #[test]
+    fn nothing_that_a_guest_says_is_a_command_to_a_terminal() {
+        let hostile = "\x1b[2Jgone\r\u{9b}1m\x07".to_owned();
+        let failure = StartFailure {
+            attempted: hostile.clone(),
+            errno: 2,
+            message: hostile.clone(),
+        };
+        let errors = [
+            EngineError::CloneEnded {
+                reason: "it reset itself".into(),
+                tail: hostile.clone(),
+            },
+            EngineError::NotFrozen {
+                reason: "it reset itself".into(),
+                tail: hostile.clone(),
+            },
+            EngineError::Unexpected {
+                output: hostile.clone(),
+                exit: ContainerExit::NotStarted(failure),
+            },
+            EngineError::Vmm(hostile),
+        ];
+        for error in errors {
+            let text = error.to_string();
+            assert!(text.contains("\\u{1b}[2Jgone\\r\\u{9b}1m\\u{7}"), "{text:?}");
+            assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
+        }
     }
 }

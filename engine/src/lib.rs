@@ -14,6 +14,7 @@
 //! ```
 
 mod attach;
+mod confinement;
 mod container;
 mod density;
 mod error;
@@ -25,6 +26,7 @@ pub mod messages;
 #[cfg(not(fuzzing))]
 mod messages;
 mod pool;
+mod printable;
 mod running;
 mod scheduling;
 mod session;
@@ -33,6 +35,7 @@ mod templates;
 mod vmm_process;
 
 pub use attach::{Interruption, Stdio, Wake};
+pub use confinement::Confinement;
 pub use container::{Container, ContainerOptions};
 pub use density::{Density, DensityPoint, DensityProgress};
 pub use error::EngineError;
@@ -47,7 +50,8 @@ pub use messages::Parking;
 pub use picovm_guest_protocol::{ContainerExit, StartFailure};
 pub use picovm_rootfs::image::{Limits as ImageLimits, Progress as ImageProgress};
 pub use pool::{POOL_MAX, Pool, VMM_VARIABLE};
-pub use running::RunningContainer;
+pub use printable::{printable, printable_lines, printable_text};
+pub use running::{Launcher, RunningContainer};
 pub use scheduling::Prompt;
 pub use session::{Event, Session};
 pub use store::Store;

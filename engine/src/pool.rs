@@ -7,11 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use picovm_vmm::Template;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::confinement::Confinement;
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
@@ -25,12 +27,26 @@ pub const POOL_MAX: usize = 1024;
 
 /// A pool of parked clones. Dropping it ends them; containers that were started go on.
 pub struct Pool {
-    control: UnixStream,
-    server: Child,
+    server: Arc<Server>,
     size: usize,
     parking: Parking,
     /// VMM processes that were asked for, in the order of the requests; those at the front are parked first.
     waiting: VecDeque<Waiting>,
+}
+
+/// The fork server of a pool. Dropping it closes its control socket, and waits until it has seen its last child end.
+pub(crate) struct Server {
+    control: UnixStream,
+    process: Mutex<Child>,
+    id: u32,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.control.shutdown(std::net::Shutdown::Both);
+        let process = self.process.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let _ = process.wait();
+    }
 }
 
 struct Waiting {
@@ -48,20 +64,40 @@ impl Pool {
     ///
     /// # Errors
     /// [`EngineError::PoolSize`], [`EngineError::NoVmm`] if there is no `picovm-vmm`, [`EngineError::Host`].
-    pub fn new(template: &Template, size: usize, parking: Parking) -> Result<Self, EngineError> {
+    pub fn new(
+        template: &Template,
+        size: usize,
+        parking: Parking,
+        confinement: Confinement,
+    ) -> Result<Self, EngineError> {
         if !(1..=POOL_MAX).contains(&size) {
             return Err(EngineError::PoolSize(size));
         }
         let (control, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
-        let server = Command::new(find_program()?)
+        let mut command = Command::new(find_program()?);
+        match confinement {
+            Confinement::Jailed => {}
+            Confinement::CallsLogged => {
+                command.arg("--seccomp=log");
+            }
+            Confinement::Unconfined => {
+                command.arg("--no-jail");
+            }
+        }
+        let process = command
             .arg(template.path())
+            // What the caller has in its environment is no business of a process that a guest may take over.
+            .env_clear()
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .spawn()
             .map_err(failed("start picovm-vmm, the fork server of a pool"))?;
         let mut pool = Self {
-            control,
-            server,
+            server: Arc::new(Server {
+                control,
+                id: process.id(),
+                process: Mutex::new(process),
+            }),
             size,
             parking,
             waiting: VecDeque::with_capacity(size),
@@ -78,8 +114,12 @@ impl Pool {
     pub fn refill(&mut self) -> Result<(), EngineError> {
         while self.waiting.len() < self.size {
             let (ours, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
-            messages::send(&self.control, &ToServer::Fork(self.parking), &[theirs.as_fd()])
-                .map_err(failed("ask the fork server of a pool for a clone"))?;
+            messages::send(
+                &self.server.control,
+                &ToServer::Fork(self.parking),
+                &[theirs.as_fd()],
+            )
+            .map_err(failed("ask the fork server of a pool for a clone"))?;
             self.waiting.push_back(Waiting {
                 socket: ours,
                 parked: false,
@@ -111,7 +151,7 @@ impl Pool {
     /// Process id of the fork server. Its children are the VMM processes, of parked and of live clones.
     #[must_use]
     pub fn server_id(&self) -> u32 {
-        self.server.id()
+        self.server.id
     }
 
     /// Waits until every clone of the pool is parked.
@@ -151,8 +191,8 @@ impl Pool {
 
     /// What the fork server said before it ended, if it has.
     fn last_words(&self) -> String {
-        let told = wait_readable(&self.control, Duration::from_millis(200))
-            .and_then(|()| messages::receive::<FromVmm>(&self.control));
+        let told = wait_readable(&self.server.control, Duration::from_millis(200))
+            .and_then(|()| messages::receive::<FromVmm>(&self.server.control));
         match told {
             Ok(Some((FromVmm::Failed(reason), _))) => reason,
             _ => "its VMM process has ended".into(),
@@ -170,6 +210,9 @@ impl Pool {
         options: &ContainerOptions,
         streams: [BorrowedFd<'_>; 3],
     ) -> Result<RunningContainer, EngineError> {
+        if options.isolate_memory {
+            return Err(EngineError::NotIsolated);
+        }
         let start = options.request();
         let message = ToVmm::Start {
             spec: start.spec,
@@ -184,7 +227,7 @@ impl Pool {
                 continue;
             };
             match messages::send(&vmm.socket, &message, &streams) {
-                Ok(()) => return Ok(RunningContainer::of_pool(vmm.socket)),
+                Ok(()) => return Ok(RunningContainer::of_pool(vmm.socket, self.server.clone())),
                 // A parked clone whose process was killed: the next one will do.
                 Err(error)
                     if matches!(
@@ -200,9 +243,8 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.waiting.clear();
-        // The server ends when this is closed.
-        let _ = self.control.shutdown(std::net::Shutdown::Both);
-        let _ = self.server.wait();
+        // The server parks no more; it ends when the last container that was started has.
+        let _ = self.server.control.shutdown(std::net::Shutdown::Both);
     }
 }
 

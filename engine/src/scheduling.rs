@@ -2,21 +2,27 @@
 //! them at once.
 
 /// While it lives this thread does not push others aside when it wakes: parking a clone must not hold up one that starts.
-/// Threads that it makes are not affected.
+/// Threads that it makes are alike until they call [`end_batch`].
 pub struct Batch;
 
 impl Batch {
     /// Begins it.
     pub fn begin() -> Self {
-        set_policy(libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK);
+        set_policy(libc::SCHED_BATCH);
         Self
     }
 }
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        set_policy(libc::SCHED_OTHER);
+        end_batch();
     }
+}
+
+/// Ends what a thread has inherited of a [`Batch`] in which it was made. `SCHED_RESET_ON_FORK` would do that, but only who is
+/// privileged can take it back, and a jailed process is not.
+pub fn end_batch() {
+    set_policy(libc::SCHED_OTHER);
 }
 
 fn set_policy(policy: libc::c_int) {
@@ -101,6 +107,21 @@ mod tests {
     fn policy() -> libc::c_int {
         // SAFETY: takes a plain integer.
         unsafe { libc::sched_getscheduler(0) }
+    }
+
+    #[test]
+    fn a_batch_ends_without_any_privilege_in_this_thread_and_in_those_made_in_it() {
+        let batch = Batch::begin();
+        // A flag beside the policy could be set by everybody, and taken back only with a capability.
+        assert_eq!(policy(), libc::SCHED_BATCH);
+        let made = std::thread::spawn(|| {
+            let inherited = policy();
+            end_batch();
+            (inherited, policy())
+        });
+        assert_eq!(made.join().unwrap(), (libc::SCHED_BATCH, libc::SCHED_OTHER));
+        drop(batch);
+        assert_eq!(policy(), libc::SCHED_OTHER);
     }
 
     #[test]

@@ -27,12 +27,18 @@ pub enum Event {
     Exit(ContainerExit),
 }
 
+/// Once so many bytes wait for an agent that does not read, nothing is added of what it can bring about itself: the answers
+/// to its output, and input that it has given credit for.
+const WAITING_MAX: usize = INITIAL_CREDIT as usize + (64 << 10);
+
 /// A control connection seen from the host.
 pub struct Session {
     decoder: FrameDecoder,
     out: Vec<u8>,
     stdin_credit: u32,
     output_credit: [u32; 2],
+    /// Output that has left the host's hands, and for which credit was not given back yet.
+    owed: [u32; 2],
 }
 
 impl Default for Session {
@@ -42,6 +48,7 @@ impl Default for Session {
             out: Vec::new(),
             stdin_credit: INITIAL_CREDIT,
             output_credit: [INITIAL_CREDIT; 2],
+            owed: [0; 2],
         }
     }
 }
@@ -102,20 +109,37 @@ impl Session {
 
     /// Gives credit back for output that has left the host's hands.
     pub fn consumed(&mut self, stream: Stream, bytes: usize) {
-        let Some(credit) = output_index(stream).and_then(|index| self.output_credit.get_mut(index)) else {
-            return;
-        };
-        let bytes = u32::try_from(bytes)
-            .unwrap_or(u32::MAX)
-            .min(INITIAL_CREDIT.saturating_sub(*credit));
-        *credit = credit.saturating_add(bytes);
-        // A frame of this size cannot be too large.
-        let _ = Frame::Credit(stream, bytes).encode(&mut self.out);
+        if let Some(owed) = output_index(stream).and_then(|index| self.owed.get_mut(index)) {
+            // No more than was ever given: it was spent before.
+            *owed = owed
+                .saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX))
+                .min(INITIAL_CREDIT);
+        }
+        self.give_credit();
+    }
+
+    fn give_credit(&mut self) {
+        for (index, stream) in [Stream::Stdout, Stream::Stderr].into_iter().enumerate() {
+            let (Some(owed), Some(credit)) = (self.owed.get_mut(index), self.output_credit.get_mut(index))
+            else {
+                continue;
+            };
+            if *owed == 0 || self.out.len() >= WAITING_MAX {
+                continue;
+            }
+            let bytes = std::mem::take(owed).min(INITIAL_CREDIT.saturating_sub(*credit));
+            *credit = credit.saturating_add(bytes);
+            // A frame of this size cannot be too large.
+            let _ = Frame::Credit(stream, bytes).encode(&mut self.out);
+        }
     }
 
     /// Bytes of standard input that may be sent now.
     #[must_use]
     pub fn stdin_room(&self) -> usize {
+        if self.out.len() >= WAITING_MAX {
+            return 0;
+        }
         (self.stdin_credit as usize).min(DATA_MAX)
     }
 
@@ -155,6 +179,7 @@ impl Session {
     /// So many bytes of [`Session::to_send`] went.
     pub fn sent(&mut self, bytes: usize) {
         self.out.drain(..bytes.min(self.out.len()));
+        self.give_credit();
     }
 }
 
@@ -233,5 +258,73 @@ mod tests {
             }
         }
         assert_eq!(sent, INITIAL_CREDIT as usize);
+    }
+
+    /// As much as an agent can make wait that reads nothing.
+    const MOST: usize = WAITING_MAX + DATA_MAX + 64;
+
+    #[test]
+    fn answers_that_an_agent_does_not_read_do_not_pile_up() {
+        let mut session = Session::default();
+        let mut given = 0;
+        let mut frames = Vec::new();
+        for _ in 0..1000 {
+            Frame::Data(Stream::Stdout, vec![b'x'])
+                .encode(&mut frames)
+                .unwrap();
+        }
+        for _ in 0..200 {
+            session.received(&frames);
+            while let Some(Event::Output(stream, bytes)) = session.next_event().unwrap() {
+                session.consumed(stream, bytes.len());
+                given += bytes.len();
+            }
+            assert!(session.to_send().len() <= MOST, "{}", session.to_send().len());
+        }
+        assert_eq!(given, 200_000);
+        // Once it reads, it has all its credit back.
+        let mut decoder = FrameDecoder::default();
+        let mut back = 0;
+        while !session.to_send().is_empty() {
+            let part = session.to_send().len().min(1000);
+            decoder.push(&session.to_send()[..part]);
+            session.sent(part);
+            while let Some(frame) = decoder.next_frame().unwrap() {
+                match frame {
+                    Frame::Credit(Stream::Stdout, bytes) => back += bytes as usize,
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        assert_eq!(back, given);
+    }
+
+    #[test]
+    fn empty_output_is_not_answered() {
+        let mut session = Session::default();
+        session.consumed(Stream::Stdout, 0);
+        assert!(session.to_send().is_empty());
+    }
+
+    #[test]
+    fn input_that_an_agent_pays_for_and_does_not_read_does_not_pile_up() {
+        let mut session = Session::default();
+        let bytes = vec![7u8; DATA_MAX];
+        for _ in 0..1000 {
+            let mut sent = 0;
+            loop {
+                match session.send_stdin(&bytes) {
+                    0 => break,
+                    count => sent += count,
+                }
+            }
+            assert!(session.to_send().len() <= MOST, "{}", session.to_send().len());
+            let mut credit = Vec::new();
+            Frame::Credit(Stream::Stdin, sent as u32)
+                .encode(&mut credit)
+                .unwrap();
+            session.received(&credit);
+            assert_eq!(session.next_event().unwrap(), None);
+        }
     }
 }

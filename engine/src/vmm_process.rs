@@ -8,82 +8,107 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 
 use picovm_vmm::{ForkOptions, Template};
-use rustix::process::Pid;
+use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::attach::{Interruption, Stdio};
+use crate::confinement::{Confinement, Forker, ThreadFilters, VmmProcess};
 use crate::container::{Container, ContainerOptions, Start};
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 use crate::scheduling::{self, Batch};
 
-/// Serves a pool of one template: forks a VMM process whenever the pool asks for one, until the pool closes `control`.
+/// Serves a pool of one template: forks a VMM process whenever the pool asks for one, until the pool closes `control`; then it
+/// waits for the last of them.
 ///
 /// To be called by a process that has one thread and nothing else to do: `picovm-vmm`.
 ///
 /// # Errors
-/// [`EngineError::Template`] if the template cannot be opened; [`EngineError::Host`].
-pub fn serve(template: &Path, control: OwnedFd) -> Result<(), EngineError> {
+/// [`EngineError::Template`] if the template cannot be opened; [`EngineError::Jail`]; [`EngineError::Host`].
+pub fn serve(template: &Path, control: OwnedFd, confinement: Confinement) -> Result<(), EngineError> {
     let failed = EngineError::host;
     // Out of the terminal's process group: Ctrl-C is for who uses the pool.
     let _ = rustix::process::setsid();
-    // Children are reaped by the kernel.
-    // SAFETY: SIG_IGN is a valid disposition, and this process has one thread.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
     let control = UnixStream::from(control);
-    let template = match Template::open(template) {
-        Ok(template) => template,
+    let prepared = Template::open(template)
+        .map_err(EngineError::from)
+        .and_then(|template| {
+            let mut forker = Forker::new(&template, confinement)?;
+            forker.become_server()?;
+            Ok((template, forker))
+        });
+    let (template, mut forker) = match prepared {
+        Ok(prepared) => prepared,
         Err(error) => {
             let _ = messages::send(&control, &FromVmm::Failed(error.to_string()), &[]);
-            return Err(error.into());
+            return Err(error);
         }
     };
     let mut control = Some(control);
-    while let Some(open) = &control {
-        let Some((ToServer::Fork(parking), descriptors)) =
-            messages::receive(open).map_err(failed("receive from the pool"))?
-        else {
-            break;
+    let mut children: Vec<VmmProcess> = Vec::new();
+    loop {
+        let asked = wait(control.as_ref(), &mut children).map_err(failed("wait for the pool"))?;
+        if !asked {
+            if control.is_none() && children.is_empty() {
+                return Ok(());
+            }
+            continue;
+        }
+        let told = match &control {
+            Some(open) => messages::receive(open).map_err(failed("receive from the pool"))?,
+            None => None,
+        };
+        let Some((ToServer::Fork(parking), descriptors)) = told else {
+            control = None;
+            continue;
         };
         let Some(socket) = descriptors.into_iter().next() else {
             continue;
         };
         let socket = UnixStream::from(socket);
-        let forked = fork(|| {
+        let forked = forker.fork(&template, &[socket.as_fd(), rustix::stdio::stderr()], |filters| {
             // Its other end is how the pool notices that its server has ended.
             control = None;
-            tell_failure(&socket, park_and_run(&template, parking, &socket));
+            tell_failure(&socket, park_and_run(&template, parking, &socket, filters));
         });
-        if let Err(error) = forked {
-            // Without the answer the pool sees that the socket is closed.
-            let _ = messages::send(&socket, &FromVmm::Failed(error.to_string()), &[]);
+        match forked {
+            Ok(child) => children.push(child),
+            Err(error) => {
+                // Without the answer the pool sees that the socket is closed.
+                let _ = messages::send(&socket, &FromVmm::Failed(error.to_string()), &[]);
+            }
         }
     }
-    Ok(())
 }
 
-/// Forks a VMM process: one that does this and ends.
-///
-/// # Errors
-/// [`EngineError::Threads`] if this process has more than one thread, whose locks would stay locked in the child;
-/// [`EngineError::Host`].
-pub(crate) fn fork(life: impl FnOnce()) -> Result<Pid, EngineError> {
-    let threads = std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
-    if threads > 1 {
-        return Err(EngineError::Threads { threads });
+/// Waits until the pool has said something, or a child has ended, which then is reaped; whether it is the pool.
+fn wait(control: Option<&UnixStream>, children: &mut Vec<VmmProcess>) -> io::Result<bool> {
+    let mut fds: Vec<PollFd<'_>> = children
+        .iter()
+        .map(|child| PollFd::new(child, PollFlags::IN))
+        .collect();
+    fds.extend(control.map(|control| PollFd::new(control, PollFlags::IN)));
+    if fds.is_empty() {
+        return Ok(false);
     }
-    // SAFETY: this process has one thread, so its child may do whatever it may.
-    match unsafe { libc::fork() } {
-        -1 => Err(EngineError::host("fork a VMM process")(io::Error::last_os_error())),
-        0 => {
-            life();
-            // SAFETY: ends this process at once; what it shares with its parent needs none of its destructors.
-            unsafe { libc::_exit(0) }
-        }
-        child => Pid::from_raw(child)
-            .ok_or_else(|| EngineError::host("fork a VMM process")(io::ErrorKind::InvalidData.into())),
+    match poll(&mut fds, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
     }
+    let mut ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+    drop(fds);
+    let asked = control.is_some() && ready.pop().unwrap_or(false);
+    let mut ended = ready.into_iter();
+    let (gone, left) = std::mem::take(children)
+        .into_iter()
+        .partition::<Vec<_>, _>(|_| ended.next().unwrap_or(false));
+    *children = left;
+    for child in gone {
+        child.wait();
+    }
+    Ok(asked)
 }
 
 fn tell_failure(socket: &UnixStream, ended: Result<(), EngineError>) {
@@ -99,25 +124,39 @@ pub(crate) fn run_at_once(
     options: &ContainerOptions,
     streams: [BorrowedFd<'_>; 3],
     socket: &UnixStream,
+    filters: &ThreadFilters,
 ) {
-    // Out of the terminal's process group: Ctrl-C is for who started it.
-    let _ = rustix::process::setsid();
-    let ended =
-        Container::start(template, options).and_then(|container| serve_streams(container, streams, socket));
+    let ended = Container::start_confined(template, options, filters)
+        .and_then(|container| serve_streams(container, streams, socket));
     tell_failure(socket, ended);
 }
 
 /// Forks a clone, parks it, and runs the container that comes, if one does.
-fn park_and_run(template: &Template, parking: Parking, socket: &UnixStream) -> Result<(), EngineError> {
+fn park_and_run(
+    template: &Template,
+    parking: Parking,
+    socket: &UnixStream,
+    filters: &ThreadFilters,
+) -> Result<(), EngineError> {
     let failed = EngineError::host;
     let machine = {
         let _batch = Batch::begin();
-        let mut machine = template.fork(ForkOptions::default())?;
+        let confine = filters.on_thread();
+        let mut machine = template.fork(ForkOptions {
+            on_thread: Some(Arc::new(move |kind| {
+                scheduling::end_batch();
+                if let Some(confine) = &confine {
+                    confine(kind);
+                }
+            })),
+            ..ForkOptions::default()
+        })?;
         if let (Parking::Prefaulted, Some(set)) = (parking, template.working_set()) {
             machine.prefault(set)?;
         }
         machine
     };
+    filters.seal()?;
     messages::send(socket, &FromVmm::Parked, &[]).map_err(failed("tell the pool of a parked clone"))?;
 
     let start = messages::receive(socket).map_err(failed("receive what to run"))?;

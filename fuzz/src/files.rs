@@ -70,7 +70,7 @@ fn machine_state(data: &[u8]) {
         };
         // The state of the queues is the file's: the devices work on it at once, as in a clone.
         if let Ok(slot) = Slot::from_state(backend, 2, guest::memory(), guest::line(), saved) {
-            slot.resume();
+            let _ = slot.resume();
             for register in (0..0x120).step_by(4) {
                 slot.read(register, &mut [0; 4]);
             }
@@ -119,7 +119,8 @@ fn limit_files(current: Option<u64>) {
 
 fn layers(archive: &File, root: &Path) {
     use picovm_rootfs::unpack::{Layers, UnpackError};
-    let open = || File::open(format!("/proc/self/fd/{}", archive.as_raw_fd())).expect("open the archive again");
+    let open =
+        || File::open(format!("/proc/self/fd/{}", archive.as_raw_fd())).expect("open the archive again");
     let mut layers = Layers::new(root, &Default::default()).expect("open the root");
     // The digest is compared last, and tells what it is.
     let Err(UnpackError::Digest { actual, .. }) = layers.add(open(), "", &mut |_, _| {}) else {

@@ -246,7 +246,7 @@ impl Rig {
             *own = host;
         }
         self.slot = slot;
-        self.slot.resume();
+        let _ = self.slot.resume();
     }
 
     fn take(&mut self, step: Step) {
@@ -296,7 +296,7 @@ impl Rig {
             Step::Notify(queue) => self.set(0x050, queue.into()),
             Step::Process(queue) => self.slot.process(queue.into()),
             Step::Pause => self.slot.pause(),
-            Step::Resume => self.slot.resume(),
+            Step::Resume => drop(self.slot.resume()),
             Step::SaveAndRestore => self.save_and_restore(),
             Step::HostWrites(bytes) => {
                 if let Some(host) = &mut self.host {

@@ -3,6 +3,8 @@
 //!
 //! All of it needs KVM and the Debian image that `make image` puts into the store.
 
+pub mod attacks;
+
 use std::fs;
 use std::io::Read;
 use std::os::fd::AsFd;

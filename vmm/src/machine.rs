@@ -420,10 +420,10 @@ impl Machine {
             vm::load_clock(&self.vm, &clock)?;
         }
         self.phase = Phase::Running;
-        self.devices.resume();
+        let mut unfinished = Some(self.devices.resume());
         for (vcpu, running) in self.vcpus.iter().zip(&mut self.running) {
             *running = true;
-            vcpu.run();
+            vcpu.run(unfinished.take().unwrap_or_default());
         }
         Ok(())
     }

@@ -17,7 +17,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion, MmapRegionBuilder};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
+};
 
 use crate::arch::layout;
 
@@ -74,6 +76,30 @@ pub fn anonymous(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
 /// A private, copy-on-write mapping of a template's memory file, low range first.
 pub fn private(mib: u64, file: &File) -> Result<GuestMemoryMmap, MemoryError> {
     map(mib, Some(file))
+}
+
+/// Writes bytes to where they lie in a memory file: the ranges of memory follow one another there.
+pub fn write_at_offset(memory: &GuestMemoryMmap, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+    let mut region_start = 0u64;
+    for region in memory.iter() {
+        let region_end = region_start.saturating_add(region.len());
+        let end = offset.saturating_add(bytes.len() as u64);
+        let (from, to) = (offset.max(region_start), end.min(region_end));
+        if from < to {
+            let part = bytes
+                .get(from.saturating_sub(offset) as usize..to.saturating_sub(offset) as usize)
+                .unwrap_or_default();
+            let place = MemoryRegionAddress(from.saturating_sub(region_start));
+            region
+                .write_slice(part, place)
+                .map_err(|error| MemoryError::Map {
+                    mib: region.len() >> 20,
+                    reason: error.to_string(),
+                })?;
+        }
+        region_start = region_end;
+    }
+    Ok(())
 }
 
 /// Bytes of a large page: what one entry of the second level of page tables maps.
@@ -133,6 +159,21 @@ fn map_file(region: &MmapRegion, file: &File, offset: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_go_to_where_they_lie_in_a_memory_file_past_the_hole_of_the_devices() {
+        let mib = (layout::memory_ranges(8 << 30)[0].1 >> 20) + 2;
+        let memory = anonymous(mib).unwrap();
+        let [(_, low), (high, _)] = layout::memory_ranges(mib << 20)[..] else {
+            panic!("no hole");
+        };
+        // Two bytes on each side of it.
+        write_at_offset(&memory, low - 2, b"abcd").unwrap();
+        let read = |address| memory.read_obj::<[u8; 2]>(GuestAddress(address)).unwrap();
+        assert_eq!((&read(low - 2), &read(high)), (b"ab", b"cd"));
+        // What lies behind memory goes nowhere.
+        write_at_offset(&memory, mib << 20, b"x").unwrap();
+    }
 
     #[test]
     fn sizes_out_of_range_are_refused_with_the_range() {

@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
-use crate::devices::bus::Devices;
+use crate::devices::bus::{Devices, Unfinished};
 use crate::devices::trap::TrapAction;
 use crate::devices::virtio::slot::Slot;
 use crate::vcpu::{self, Msr, MsrList, VcpuError, VcpuState};
@@ -78,7 +78,7 @@ impl ExitCounters {
 }
 
 enum Command {
-    Run,
+    Run(Unfinished),
     Prefault(Vec<(u64, u64)>, Sender<()>),
     Save(Arc<MsrList>, Sender<Result<Saved, VcpuError>>),
 }
@@ -184,11 +184,12 @@ impl VcpuThread {
         })
     }
 
-    /// Lets the vCPU run until it stops by itself or by [`VcpuThread::pause`].
-    pub fn run(&self) {
+    /// Lets the vCPU run until it stops by itself or by [`VcpuThread::pause`]. Before that its thread does what the devices
+    /// have left: work that its guest may have made endless, and a pause ends.
+    pub fn run(&self, unfinished: Unfinished) {
         self.kick.wanted.store(false, Ordering::SeqCst);
         self.kick.set_immediate_exit(0);
-        self.send(Command::Run);
+        self.send(Command::Run(unfinished));
     }
 
     /// Asks a running vCPU to stop. The stop is told like every other.
@@ -251,7 +252,8 @@ fn serve(vcpu: &mut VcpuFd, context: &mut VcpuContext, kick: &Kick, inbox: &Rece
     let mut stopped_at = None;
     while let Ok(command) = inbox.recv() {
         match command {
-            Command::Run => {
+            Command::Run(unfinished) => {
+                context.devices.finish(&unfinished);
                 let stop = match load_time(vcpu, context) {
                     Ok(()) => run(vcpu, context, kick),
                     Err(error) => Stop::Crash(error.to_string()),

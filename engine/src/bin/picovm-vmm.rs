@@ -1,12 +1,22 @@
-//! `picovm-vmm TEMPLATE`: the fork server of a pool, started by it with a socket as standard input. Each child of it is the
+//! `picovm-vmm [--no-jail | --seccomp=log] TEMPLATE`: the fork server of a pool, started by it with a socket as standard input. Each child of it is the
 //! VMM process of one clone. Not to be called by people.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use picovm_engine::Confinement;
+
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os().skip(1);
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    let mut has = |option| arguments.next_if(|argument| argument == option).is_some();
+    let confinement = if has("--no-jail") {
+        Confinement::Unconfined
+    } else if has("--seccomp=log") {
+        Confinement::CallsLogged
+    } else {
+        Confinement::Jailed
+    };
     let (Some(template), None) = (arguments.next().map(PathBuf::from), arguments.next()) else {
         return usage();
     };
@@ -23,7 +33,7 @@ fn main() -> ExitCode {
     let Ok(control) = taken else {
         return usage();
     };
-    match picovm_engine::serve_pool(&template, control) {
+    match picovm_engine::serve_pool(&template, control, confinement) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("picovm-vmm: {error}");

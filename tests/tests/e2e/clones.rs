@@ -133,9 +133,19 @@ fn a_killed_picovm_leaves_no_process() {
         .unwrap();
     let mut said = [0u8; 3];
     child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
-    let children =
-        std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap_or_default();
-    assert_eq!(children, "", "a clone is a process of its own, without helpers");
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
+    let vmm: Vec<&str> = children.split_whitespace().collect();
+    assert_eq!(
+        vmm.len(),
+        1,
+        "a clone has one process of its own, without helpers"
+    );
     child.kill().unwrap();
     child.wait().unwrap();
+    let gone = || !std::path::Path::new("/proc").join(vmm[0]).exists();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while !gone() && std::time::Instant::now() < deadline {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert!(gone(), "the VMM process {} is left", vmm[0]);
 }

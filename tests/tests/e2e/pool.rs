@@ -5,7 +5,9 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use picovm_engine::{ContainerExit, ContainerOptions, EngineError, Parking, Pool, RunningContainer};
+use picovm_engine::{
+    Confinement, ContainerExit, ContainerOptions, EngineError, Parking, Pool, RunningContainer,
+};
 
 use crate::template;
 
@@ -87,7 +89,7 @@ pub fn gone_within(limit: Duration) -> bool {
 #[test]
 fn containers_start_in_parked_clones_and_are_separate() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 3, Parking::Prefaulted).unwrap();
+    let mut pool = Pool::new(template(), 3, Parking::Prefaulted, Confinement::Jailed).unwrap();
     pool.wait_until_full(PARKING).unwrap();
     // The fork server and three parked clones.
     assert_eq!(vmm_processes().len(), 4);
@@ -114,7 +116,7 @@ fn a_bare_clone_owns_little_until_its_container_starts() {
     let _alone = alone();
     let mut owned = Vec::new();
     for parking in [Parking::Bare, Parking::Prefaulted] {
-        let mut pool = Pool::new(template(), 1, parking).unwrap();
+        let mut pool = Pool::new(template(), 1, parking, Confinement::Jailed).unwrap();
         pool.wait_until_full(PARKING).unwrap();
         let server = pool.server_id() as i32;
         let (clone, _) = vmm_processes().into_iter().find(|(id, _)| *id != server).unwrap();
@@ -137,7 +139,7 @@ fn a_bare_clone_owns_little_until_its_container_starts() {
 #[test]
 fn standard_input_reaches_a_container_of_a_pool() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 1, Parking::Prefaulted).unwrap();
+    let mut pool = Pool::new(template(), 1, Parking::Prefaulted, Confinement::Jailed).unwrap();
     let (stdin, mut ours) = std::io::pipe().unwrap();
     let options = ContainerOptions {
         stdin: true,
@@ -158,7 +160,7 @@ fn standard_input_reaches_a_container_of_a_pool() {
 #[test]
 fn a_container_of_a_pool_can_be_signalled_and_ended() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 1, Parking::Prefaulted).unwrap();
+    let mut pool = Pool::new(template(), 1, Parking::Prefaulted, Confinement::Jailed).unwrap();
     let ready = |started: &mut Started| {
         let mut said = [0u8; 3];
         started.stdout.read_exact(&mut said).unwrap();
@@ -188,7 +190,7 @@ fn a_container_of_a_pool_can_be_signalled_and_ended() {
 #[test]
 fn a_pool_survives_the_death_of_a_parked_clone() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 2, Parking::Prefaulted).unwrap();
+    let mut pool = Pool::new(template(), 2, Parking::Prefaulted, Confinement::Jailed).unwrap();
     pool.wait_until_full(PARKING).unwrap();
     let processes = vmm_processes();
     let is_vmm = |id: i32| processes.iter().any(|(other, _)| *other == id);
@@ -207,7 +209,9 @@ fn a_pool_survives_the_death_of_a_parked_clone() {
 fn what_cannot_be_a_pool_is_refused_with_the_reason() {
     let _alone = alone();
     for size in [0, 5000] {
-        let error = Pool::new(template(), size, Parking::Prefaulted).err().unwrap();
+        let error = Pool::new(template(), size, Parking::Prefaulted, Confinement::Jailed)
+            .err()
+            .unwrap();
         assert!(error.to_string().contains("1 to 1024"), "{error}");
     }
     // A template that is gone by the time the fork server opens it.
@@ -218,7 +222,7 @@ fn what_cannot_be_a_pool_is_refused_with_the_reason() {
     };
     let opened = own.store.template(&spec, &mut |_| {}).unwrap();
     std::fs::remove_file(opened.path().join("state")).unwrap();
-    let mut pool = Pool::new(&opened, 1, Parking::Prefaulted).unwrap();
+    let mut pool = Pool::new(&opened, 1, Parking::Prefaulted, Confinement::Jailed).unwrap();
     let error = pool.wait_until_full(PARKING).unwrap_err();
     assert!(
         matches!(&error, EngineError::Vmm(reason) if reason.contains("state")),
@@ -231,7 +235,7 @@ fn what_cannot_be_a_pool_is_refused_with_the_reason() {
 #[test]
 fn a_clone_does_not_notice_how_long_it_was_parked_and_knows_the_time_of_day() {
     let _alone = alone();
-    let mut pool = Pool::new(template(), 2, Parking::Prefaulted).unwrap();
+    let mut pool = Pool::new(template(), 2, Parking::Prefaulted, Confinement::Jailed).unwrap();
     pool.wait_until_full(PARKING).unwrap();
     let uptime_and_time = |pool: &mut Pool| {
         let (output, errors, exit) = start(pool, "cat /proc/uptime; date +%s").end();

@@ -19,6 +19,10 @@ pub struct Devices {
     pub slots: Vec<Slot>,
 }
 
+/// Queues in which there may be more than a device did at once, each by the index of its slot and its own. Mostly none.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Unfinished(Vec<(usize, usize)>);
+
 impl Devices {
     fn slot(&self, address: u64) -> Option<(&Slot, u64)> {
         let offset = address.checked_sub(layout::VIRTIO_MMIO)?;
@@ -64,10 +68,22 @@ impl Devices {
         }
     }
 
-    /// Lets all devices go on.
-    pub fn resume(&self) {
-        for slot in &self.slots {
-            slot.resume();
+    /// Lets all devices go on. What they have left to do is for [`Devices::finish`].
+    #[must_use]
+    pub fn resume(&self) -> Unfinished {
+        let mut unfinished = Vec::new();
+        for (index, slot) in self.slots.iter().enumerate() {
+            unfinished.extend(slot.resume().into_iter().map(|queue| (index, queue)));
+        }
+        Unfinished(unfinished)
+    }
+
+    /// Does what was left when the devices were resumed: until it is done, or they are paused.
+    pub fn finish(&self, unfinished: &Unfinished) {
+        for (index, queue) in &unfinished.0 {
+            if let Some(slot) = self.slots.get(*index) {
+                slot.process(*queue);
+            }
         }
     }
 }

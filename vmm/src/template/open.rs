@@ -2,7 +2,8 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::checksum;
+use super::checksum::{self, CHUNK};
 use super::format::{
     self, FileRecord, MEMORY, METADATA, Metadata, SMALL_FILE_MAX, STATE, TemplateError, VERIFIED, WORKING_SET,
 };
@@ -34,6 +35,9 @@ pub struct ForkOptions {
     pub disks: Vec<PathBuf>,
     /// Where the clone's console output goes.
     pub console_log: Option<File>,
+    /// Whether its memory is a copy of the template's from the start, of which it shares no page with other clones: what one of
+    /// them touches cannot then be told by another from how long an access takes. It costs a read of the whole template.
+    pub isolate_memory: bool,
     /// Called first thing in each of its threads, before a guest instruction can run: to confine it, say.
     pub on_thread: Option<OnThread>,
 }
@@ -167,6 +171,15 @@ impl Template {
             .saturating_mul(picovm_guest_protocol::trap::PAGE_SIZE)
     }
 
+    /// The descriptors that a process needs of this template to fork clones of it.
+    #[must_use]
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let disks = self.shared.iter().flatten().map(AsFd::as_fd);
+        // SAFETY: /dev/kvm is open for as long as the template, which is borrowed.
+        let kvm = unsafe { BorrowedFd::borrow_raw(self.kvm.as_raw_fd()) };
+        [kvm, self.memory.as_fd()].into_iter().chain(disks).collect()
+    }
+
     /// Which pages a start touches, if that was recorded.
     #[must_use]
     pub fn working_set(&self) -> Option<&WorkingSet> {
@@ -201,14 +214,19 @@ impl Template {
     /// # Errors
     /// [`TemplateError::Identity`] if the identity is too large, [`TemplateError::Machine`] for what the host refuses.
     pub fn fork(&self, options: ForkOptions) -> Result<Machine, TemplateError> {
-        let memory = memory::private(self.metadata.memory_mib, &self.memory).map_err(MachineError::from)?;
+        let isolated = options.isolate_memory;
+        let memory = if isolated {
+            self.copy_memory()?
+        } else {
+            memory::private(self.metadata.memory_mib, &self.memory).map_err(MachineError::from)?
+        };
         self.write_identity_to(&memory, &options.identity)?;
         let own = Backends {
             disks: options.disks,
             shared: self.shared.clone(),
             console_log: options.console_log,
             on_thread: options.on_thread,
-            memory_file: Some(self.memory.clone()),
+            memory_file: (!isolated).then(|| self.memory.clone()),
         };
         Ok(Machine::build(
             &self.kvm,
@@ -217,6 +235,26 @@ impl Template {
             &self.state,
             own,
         )?)
+    }
+
+    /// Memory that holds what the template's does, and shares no page with it.
+    fn copy_memory(&self) -> Result<GuestMemoryMmap, TemplateError> {
+        let path = self.path.join(MEMORY);
+        let bytes = self.metadata.memory.bytes;
+        let memory = memory::anonymous(self.metadata.memory_mib).map_err(MachineError::from)?;
+        let chunks = checksum::data_chunks(&self.memory, bytes)
+            .map_err(TemplateError::io("find the data of", &path))?;
+        let mut buffer = vec![0u8; CHUNK];
+        for chunk in chunks {
+            let offset = chunk.saturating_mul(CHUNK as u64);
+            let length = bytes.saturating_sub(offset).min(CHUNK as u64) as usize;
+            let part = buffer.get_mut(..length).unwrap_or_default();
+            self.memory
+                .read_exact_at(part, offset)
+                .map_err(TemplateError::io("read", &path))?;
+            memory::write_at_offset(&memory, offset, part).map_err(MachineError::from)?;
+        }
+        Ok(memory)
     }
 
     /// Gives an identity to a clone of this template that was forked without one and has not run yet.

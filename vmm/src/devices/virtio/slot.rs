@@ -190,8 +190,9 @@ impl Slot {
     }
 
     /// See [`Transport::resume`].
-    pub fn resume(&self) {
-        on_transport!(self, transport => transport.resume());
+    #[must_use]
+    pub fn resume(&self) -> Vec<usize> {
+        on_transport!(self, transport => transport.resume())
     }
 
     /// Works on a queue until it is done or the device is paused; see [`Transport::process`].

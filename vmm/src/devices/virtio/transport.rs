@@ -230,13 +230,19 @@ impl<D: Device> Transport<D> {
         self.paused = true;
     }
 
-    /// Goes on, and looks at every queue for work that waited. No vCPU runs yet, so that it is no more than the queues
-    /// hold.
-    pub fn resume(&mut self) {
+    /// Goes on, and looks at every queue once for work that waited. Returns the queues in which there may be more: see
+    /// [`Transport::process`]. A queue whose rings lie on each other, or whose requests write into it, has work without
+    /// end, and whoever resumes a machine must come back from it.
+    #[must_use]
+    pub fn resume(&mut self) -> Vec<usize> {
         self.paused = false;
+        let mut unfinished = Vec::new();
         for index in 0..self.queues.len() {
-            while self.process(index) {}
+            if self.process(index) {
+                unfinished.push(index);
+            }
         }
+        unfinished
     }
 
     /// Lets the device look at a queue, and interrupts the guest if it used something. Returns whether there may be

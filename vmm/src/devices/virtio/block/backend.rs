@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -90,6 +90,12 @@ fn iovecs(memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<Vec<libc::iove
         });
     }
     Some(list)
+}
+
+impl AsFd for FileBackend {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
 }
 
 impl FileBackend {

@@ -36,7 +36,9 @@ fn restored(slot: &Slot, memory: &Memory) -> (Slot, UnixStream) {
         .unwrap()
         .unwrap();
     let slot = Slot::from_state(backend, 2, memory.guest.clone(), line(), &state).unwrap();
-    slot.resume();
+    for queue in slot.resume() {
+        slot.process(queue);
+    }
     (slot, host)
 }
 
@@ -429,7 +431,11 @@ impl Port {
                 self.host_reads(*count);
             }
             ConsoleStep::Pause => self.slot.pause(),
-            ConsoleStep::Resume => self.slot.resume(),
+            ConsoleStep::Resume => {
+                for queue in self.slot.resume() {
+                    self.slot.process(queue);
+                }
+            }
             ConsoleStep::Restore => self.restore(),
             ConsoleStep::Close => self.control(6, 0),
             ConsoleStep::Open => self.control(6, 1),

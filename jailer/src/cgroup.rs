@@ -1,0 +1,349 @@
+//! A cgroup for each jail: version 2, and version 1 for the controllers that a host has only there.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::JailError;
+use crate::limits::{self, Setting};
+use crate::policy;
+
+/// Where the cgroups of jails are if the policy does not say.
+const PARENT: &str = "picovm-jail";
+
+/// Where a host has its cgroups, and what is written into each of ours.
+pub(crate) struct Cgroups {
+    /// The directory in the version 2 hierarchy below which ours are, if there is one.
+    unified: Option<PathBuf>,
+    /// The same in hierarchies of version 1.
+    legacy: Vec<PathBuf>,
+    /// File and content, in version 2 or 1.
+    settings: Vec<Setting>,
+}
+
+/// A cgroup. Dropping it ends what is left in it and removes it.
+pub(crate) struct CgroupDirectory {
+    unified: Option<(PathBuf, File)>,
+    /// Each with its open `cgroup.procs`.
+    legacy: Vec<(PathBuf, File)>,
+}
+
+/// Mounted hierarchies: of version 2, and of version 1 by controller.
+#[derive(Default)]
+struct Hierarchies {
+    unified: Option<PathBuf>,
+    legacy: Vec<(String, PathBuf)>,
+}
+
+fn host(attempted: &str, path: &Path) -> impl FnOnce(io::Error) -> JailError {
+    JailError::host(format!("{attempted} the cgroup's {}", path.display()))
+}
+
+/// Reads `mountinfo` (proc_pid_mountinfo(5)).
+fn hierarchies(mountinfo: &str) -> Hierarchies {
+    let mut found = Hierarchies::default();
+    for line in mountinfo.lines() {
+        let Some((left, right)) = line.split_once(" - ") else {
+            continue;
+        };
+        let (Some(point), Some(kind), Some(options)) = (
+            left.split(' ').nth(4),
+            right.split(' ').next(),
+            right.split(' ').nth(2),
+        ) else {
+            continue;
+        };
+        match kind {
+            "cgroup2" if found.unified.is_none() => found.unified = Some(point.into()),
+            "cgroup" => {
+                for controller in options.split(',') {
+                    found.legacy.push((controller.to_owned(), point.into()));
+                }
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+impl Cgroups {
+    /// Finds out where cgroups are to be made; `None` if the policy has no limits, or there is no delegated cgroup for somebody
+    /// who is not root.
+    pub(crate) fn find(limits: &policy::Cgroup, rootless: bool) -> Result<Option<Self>, JailError> {
+        let mountinfo = fs::read_to_string("/proc/self/mountinfo").map_err(JailError::host(
+            "read /proc/self/mountinfo to find the cgroup hierarchies",
+        ))?;
+        let mounted = hierarchies(&mountinfo);
+        if rootless {
+            return Self::delegated(limits, &mounted);
+        }
+        let available = mounted
+            .unified
+            .as_deref()
+            .map(|root| fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default())
+            .unwrap_or_default();
+        let parent = limits.parent.as_deref().unwrap_or(Path::new(PARENT));
+        let parent = parent.strip_prefix("/").unwrap_or(parent);
+        let mut here = Self {
+            unified: mounted.unified.as_deref().map(|root| root.join(parent)),
+            legacy: Vec::new(),
+            settings: Vec::new(),
+        };
+        let (mut unified, mut legacy) = (Vec::new(), Vec::new());
+        for controller in limits::needed(limits) {
+            if available.split_whitespace().any(|name| name == controller) {
+                unified.push(controller);
+                continue;
+            }
+            let old = if controller == "io" { "blkio" } else { controller };
+            let Some((_, root)) = mounted.legacy.iter().find(|(name, _)| name == old) else {
+                return Err(JailError::Policy(format!(
+                    "cgroup: this host's kernel has no controller `{controller}`, neither in version 2 nor 1 of cgroups; \
+                     mount one or leave the limit out"
+                )));
+            };
+            legacy.push(controller);
+            let path = root.join(parent);
+            if !here.legacy.contains(&path) {
+                here.legacy.push(path);
+            }
+        }
+        if unified.is_empty() && (!legacy.is_empty() || limits == &policy::Cgroup::default()) {
+            // Also for the members to be found and ended together: but that needs version 2.
+            here.unified = here.unified.filter(|_| legacy.is_empty());
+        }
+        if let (Some(directory), Some(root)) = (&here.unified, &mounted.unified) {
+            enable(root, directory, &unified)?;
+        }
+        for controller in unified {
+            here.settings.extend(limits::settings(limits, controller)?);
+        }
+        for controller in legacy {
+            here.settings.extend(limits::legacy_settings(limits, controller)?);
+        }
+        if here.unified.is_none() && here.legacy.is_empty() {
+            return Err(JailError::Policy(
+                "cgroup: this host has no cgroup hierarchy mounted; mount one (`mount -t cgroup2 none /sys/fs/cgroup`) or \
+                 leave `cgroup` out"
+                    .into(),
+            ));
+        }
+        Ok(Some(here))
+    }
+
+    /// The caller's own cgroup, where it was delegated (cgroups(7)).
+    fn delegated(limits: &policy::Cgroup, mounted: &Hierarchies) -> Result<Option<Self>, JailError> {
+        let Some(root) = &mounted.unified else {
+            return Ok(None);
+        };
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let Some(own) = own.lines().find_map(|line| line.strip_prefix("0::/")) else {
+            return Ok(None);
+        };
+        let own = root.join(own);
+        let controllers = fs::read_to_string(own.join("cgroup.subtree_control")).unwrap_or_default();
+        let writable = rustix::fs::access(&own, rustix::fs::Access::WRITE_OK).is_ok()
+            && rustix::fs::access(own.join("cgroup.procs"), rustix::fs::Access::WRITE_OK).is_ok();
+        let enabled = |name: &&str| controllers.split_whitespace().any(|other| other == *name);
+        if !writable || !limits::needed(limits).iter().all(enabled) {
+            tracing::warn!(
+                cgroup = %own.display(),
+                "no limits: this cgroup is not delegated, or its subtree_control lacks a controller"
+            );
+            return Ok(None);
+        }
+        let mut all = Vec::new();
+        for controller in limits::needed(limits) {
+            all.extend(limits::settings(limits, controller)?);
+        }
+        Ok(Some(Self {
+            unified: Some(own),
+            legacy: Vec::new(),
+            settings: all,
+        }))
+    }
+
+    /// Makes one, with its limits. One of this name that nobody uses any more is replaced.
+    pub(crate) fn create(&self, name: &str) -> Result<CgroupDirectory, JailError> {
+        let mut made = CgroupDirectory {
+            unified: None,
+            legacy: Vec::new(),
+        };
+        if let Some(parent) = &self.unified {
+            let path = make(parent, name)?;
+            let directory = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_DIRECTORY)
+                .open(&path)
+                .map_err(host("open", &path));
+            made.unified = Some((path.clone(), directory.inspect_err(|_| remove(&path))?));
+        }
+        for parent in &self.legacy {
+            let path = make(parent, name)?;
+            let procs = path.join("cgroup.procs");
+            let procs = OpenOptions::new()
+                .write(true)
+                .open(&procs)
+                .map_err(host("open", &procs));
+            made.legacy
+                .push((path.clone(), procs.inspect_err(|_| remove(&path))?));
+        }
+        for (file, content) in &self.settings {
+            let mut paths = made.paths().map(|path| path.join(file));
+            let Some(path) = paths.find(|path| path.exists()) else {
+                // Limits of swap are there only if swap is accounted for.
+                if file.contains("swap") || file.contains("memsw") || file == "memory.oom.group" {
+                    continue;
+                }
+                return Err(JailError::Policy(format!(
+                    "cgroup: there is no {file}, which a limit needs: the controller is not enabled"
+                )));
+            };
+            fs::write(&path, content).map_err(host(&format!("write {content} to"), &path))?;
+        }
+        Ok(made)
+    }
+
+    /// Removes what ours were made in, unless somebody else uses it.
+    pub(crate) fn remove_parents(&self) {
+        for parent in self.unified.iter().chain(&self.legacy) {
+            if parent.file_name().is_some_and(|name| name == PARENT) {
+                let _ = fs::remove_dir(parent);
+            }
+        }
+    }
+}
+
+/// Makes the directory `name` in `parent`, whatever is in its way.
+fn make(parent: &Path, name: &str) -> Result<PathBuf, JailError> {
+    let path = parent.join(name);
+    for _ in 0..10 {
+        // Another jailer may remove an empty parent at any moment.
+        fs::create_dir_all(parent).map_err(host("make", parent))?;
+        match fs::create_dir(&path) {
+            Ok(()) => return Ok(path),
+            // Who had this name before is gone, for the name is ours.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => remove(&path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(host("make", &path)(error)),
+        }
+    }
+    Err(host("make", &path)(io::ErrorKind::AlreadyExists.into()))
+}
+
+/// Ends what is in a cgroup and removes it.
+fn remove(path: &Path) {
+    for attempt in 0..200u32 {
+        match fs::remove_dir(path) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                if fs::write(path.join("cgroup.kill"), "1").is_err() {
+                    kill_each(path);
+                }
+                std::thread::sleep(Duration::from_millis(attempt.min(20).into()));
+            }
+            _ => return,
+        }
+    }
+    tracing::warn!(cgroup = %path.display(), "a cgroup could not be removed");
+}
+
+/// Version 1 cannot end the members of a cgroup together.
+fn kill_each(path: &Path) {
+    let members = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+    for pid in members.lines().filter_map(|line| line.parse().ok()) {
+        if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+impl CgroupDirectory {
+    fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.unified
+            .iter()
+            .chain(&self.legacy)
+            .map(|(path, _)| path.as_path())
+    }
+
+    /// What a process is to be forked into.
+    pub(crate) fn fork_into(&self) -> Option<BorrowedFd<'_>> {
+        self.unified.as_ref().map(|(_, directory)| directory.as_fd())
+    }
+
+    /// What a process has to write `0` to, to be moved there.
+    pub(crate) fn to_enter(&self) -> impl Iterator<Item = &File> {
+        self.legacy.iter().map(|(_, procs)| procs)
+    }
+
+    /// Ends every process in it.
+    pub(crate) fn kill(&self) {
+        for path in self.paths() {
+            if fs::write(path.join("cgroup.kill"), "1").is_err() {
+                kill_each(path);
+            }
+        }
+    }
+}
+
+impl Drop for CgroupDirectory {
+    fn drop(&mut self) {
+        for path in self.paths() {
+            remove(path);
+        }
+    }
+}
+
+/// Hands controllers down from the top of the hierarchy to a directory, which is made.
+fn enable(root: &Path, directory: &Path, controllers: &[&str]) -> Result<(), JailError> {
+    fs::create_dir_all(directory).map_err(host("make", directory))?;
+    let wanted: String = controllers.iter().map(|name| format!("+{name} ")).collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let below = directory.strip_prefix(root).unwrap_or(Path::new(""));
+    let mut here = root.to_owned();
+    for part in std::iter::once(Path::new("")).chain(below.iter().map(Path::new)) {
+        here.push(part);
+        let file = here.join("cgroup.subtree_control");
+        let enabled = fs::read_to_string(&file).unwrap_or_default();
+        if controllers
+            .iter()
+            .all(|name| enabled.split_whitespace().any(|other| other == *name))
+        {
+            continue;
+        }
+        fs::write(&file, &wanted).map_err(host(&format!("write {wanted} to"), &file))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+24 1 0:22 / /sys rw - sysfs sysfs rw
+30 24 0:26 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate
+31 24 0:27 / /sys/fs/cgroup/cpu,cpuacct rw shared:10 - cgroup cgroup rw,cpu,cpuacct
+32 24 0:28 / /sys/fs/cgroup/blkio rw shared:11 - cgroup cgroup rw,blkio
+";
+
+    #[test]
+    fn hierarchies_of_both_versions_are_found() {
+        let found = hierarchies(MOUNTS);
+        assert_eq!(
+            found.unified.as_deref(),
+            Some(Path::new("/sys/fs/cgroup/unified"))
+        );
+        let find = |name: &str| found.legacy.iter().find(|(controller, _)| controller == name);
+        assert_eq!(
+            find("cpu").map(|(_, path)| path.as_path()),
+            Some(Path::new("/sys/fs/cgroup/cpu,cpuacct"))
+        );
+        assert!(find("blkio").is_some() && find("memory").is_none());
+        assert!(hierarchies("nonsense\n- - -\n").unified.is_none());
+    }
+}

@@ -1,0 +1,107 @@
+//! `picovm-attack free|walls|whole ATTACK`: tries one attack, in a jail or without one. Its status is 0 if the attack got
+//! through, 1 if it was refused, 2 if the jail killed it, 125 if it could not be tried.
+
+use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use picovm_jailer::{Cgroup, Ended, Jailer, Mode, Policy, Resource, SeccompMode, ThreadKind};
+use picovm_tests::attacks::{ATTACKS, Attack, KVM, MEMFD, MEMORY, SECRET, prey};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("picovm-attack: {error:#}");
+            ExitCode::from(125)
+        }
+    }
+}
+
+/// Puts a descriptor where the attacks look for it.
+fn put(descriptor: impl Into<OwnedFd>, at: RawFd) -> anyhow::Result<()> {
+    // SAFETY: the number is free: this process has opened next to nothing. It is never closed.
+    let mut place = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(at) };
+    let result = rustix::io::dup2(descriptor.into(), &mut place);
+    let _ = place.into_raw_fd();
+    result.context("cannot place a descriptor")
+}
+
+fn try_it(attack: &Attack) -> u8 {
+    match (attack.attempt)() {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("{error}");
+            1
+        }
+    }
+}
+
+fn run() -> anyhow::Result<u8> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [how, name] = arguments.as_slice() else {
+        bail!("picovm-attack free|walls|whole[:KIND] ATTACK");
+    };
+    let attack = ATTACKS
+        .iter()
+        .find(|attack| attack.name == name)
+        .with_context(|| format!("there is no attack {name}"))?;
+
+    put(std::fs::File::open("/dev/kvm")?, KVM)?;
+    put(std::fs::File::open(prey::of(prey::TEMPLATE))?, MEMORY)?;
+    let memfd = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC)?;
+    rustix::io::write(&memfd, b"memory")?;
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memfd));
+    put(std::fs::File::open(path)?, MEMFD)?;
+    drop(memfd);
+    put(std::fs::File::open("/etc/passwd")?, SECRET)?;
+
+    let (walls, kind) = how.split_once(':').unwrap_or((how, "control"));
+    if walls == "free" {
+        // What it does to mounts and names must not reach the other tests.
+        let own = rustix::thread::UnshareFlags::NEWNS | rustix::thread::UnshareFlags::NEWUTS;
+        // SAFETY: descriptors and memory stay as they are.
+        unsafe { rustix::thread::unshare_unsafe(own) }?;
+        let private =
+            rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private)?;
+        return Ok(try_it(attack));
+    }
+    let kind = match kind {
+        "vcpu" => ThreadKind::Vcpu,
+        "device" => ThreadKind::Device,
+        _ => ThreadKind::Control,
+    };
+    let mut policy = Policy {
+        cgroup: Some(Cgroup {
+            memory: Some(96 << 20),
+            cpu: Some(200),
+            pids: Some(16),
+            ..Cgroup::default()
+        }),
+        ..Policy::default()
+    };
+    policy.rlimits.insert(Resource::Core, 0);
+    policy.rlimits.insert(Resource::OpenFiles, 64);
+    policy.rlimits.insert(Resource::LockedMemory, 64 << 10);
+    if walls == "walls" {
+        policy.seccomp.mode = SeccompMode::Off;
+    }
+    let mut jailer = Jailer::new(policy, Mode::Privileged)?;
+    jailer.prepare(1)?;
+    if walls == "whole" {
+        jailer.become_server()?;
+    }
+    let filters = jailer.filters().clone();
+    let jail = jailer.spawn(&[0, 1, 2, KVM, MEMORY, MEMFD], || match filters.apply(kind) {
+        Ok(()) => try_it(attack),
+        Err(_) => 125,
+    })?;
+    Ok(match jail.wait()? {
+        Ended::Code(status) => status,
+        Ended::Signal(signal) => {
+            eprintln!("killed by signal {signal}");
+            2
+        }
+    })
+}
