@@ -54,6 +54,7 @@ impl View {
             },
             (Kind::Bars { all, layers, .. }, ImageActivity::Exists(digest)) => {
                 let bar = layer_bar(all, layers, digest, &short(digest));
+                bar.set_style(style("{prefix}: {msg}"));
                 bar.finish_with_message("Already exists");
             }
             (Kind::Bars { all, layers, .. }, ImageActivity::Fetching { digest, done, size }) => {
@@ -97,7 +98,7 @@ fn layer_bar<'a>(
 ) -> &'a ProgressBar {
     layers.entry(digest.clone()).or_insert_with(|| {
         let bar = all.add(ProgressBar::new(0));
-        bar.set_style(style("{prefix}: {msg:18} {bar:40} {bytes}/{total_bytes}"));
+        bar.set_style(style("{prefix}: {msg:17} {wide_bar} {bytes}/{total_bytes}"));
         bar.set_prefix(name.to_owned());
         bar.set_message("Downloading");
         bar
