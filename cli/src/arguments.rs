@@ -8,9 +8,10 @@ use clap::{Args, Parser, Subcommand};
 use picovm_engine::POOL_MAX;
 
 use crate::image_arguments::{
-    ImageCommand, InspectOptions, ListOptions, LoadArguments, PruneOptions, PullArguments, RemoveOptions,
-    SaveOptions, TagOptions,
+    ImageCommand, InspectOptions, ListOptions, LoadArguments, PruneOptions, RemoveOptions, SaveOptions,
+    TagOptions,
 };
+use crate::pull_arguments::{PullArguments, parse_bytes};
 
 /// Run every container as its own lightweight VM, forked from a frozen one.
 #[derive(Parser)]
@@ -239,29 +240,6 @@ pub struct DensityOptions {
 /// Whole MiB from a size as Docker takes it.
 fn parse_memory(text: &str) -> Result<u64, String> {
     parse_bytes(text).map(|bytes| bytes >> 20)
-}
-
-/// Bytes from a size as Docker takes it.
-pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| "a size is a number with b, k, m or g".to_owned())?;
-    let unit: u64 = match text
-        .get(digits.len()..)
-        .unwrap_or_default()
-        .to_ascii_lowercase()
-        .as_str()
-    {
-        "" | "b" => 1,
-        "k" | "kb" | "kib" => 1 << 10,
-        "m" | "mb" | "mib" => 1 << 20,
-        "g" | "gb" | "gib" => 1 << 30,
-        other => return Err(format!("{other:?} is no unit: use b, k, m or g")),
-    };
-    number
-        .checked_mul(unit)
-        .ok_or_else(|| "this is more than any machine has".to_owned())
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {

@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use picovm_engine::{EngineError, Store};
 
 use crate::image_arguments::{ImageCommand, PruneOptions, RemoveOptions};
-use crate::{image_list, output, transfer};
+use crate::{image_list, output, transfer, view};
 
 pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
     let store = Store::open_default()?;
@@ -19,7 +19,7 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
             let bar = ProgressBar::new(0);
             bar.set_message("unpacking");
             bar.enable_steady_tick(Duration::from_millis(100));
-            let built = store.build_image(name, source, &mut |progress| transfer::show_build(&bar, progress));
+            let built = store.build_image(name, source, &mut |progress| view::show_build(&bar, progress));
             bar.finish_and_clear();
             let image = built?;
             eprintln!(
@@ -33,7 +33,7 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
         }
         ImageCommand::Ls(options) => image_list::list(&store, options),
         ImageCommand::Rm(options) => remove(&store, options),
-        ImageCommand::Pull(arguments) => transfer::pull(&store, arguments),
+        ImageCommand::Pull(arguments) => transfer::pull(arguments),
         ImageCommand::Load(arguments) => transfer::load(&store, arguments),
         ImageCommand::Save(options) => transfer::save(&store, options),
         ImageCommand::Tag(options) => {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use picovm_engine::Platform;
 
+use crate::pull_arguments::{LimitOptions, PullArguments};
+
 #[derive(Subcommand)]
 pub enum ImageCommand {
     /// Make an image of a root file system: a directory or a tar archive (plain, gzip, zstd or xz)
@@ -90,32 +92,6 @@ pub struct RemoveOptions {
 
 #[derive(Args)]
 #[command(after_help = "Examples:
-  picovm pull debian
-  picovm pull ghcr.io/team/app:v1
-  picovm pull localhost:5000/app@sha256:...
-  picovm pull --platform linux/arm64 alpine
-
-Credentials are those of `docker login`: ~/.docker/config.json, or the directory DOCKER_CONFIG, with its helpers. A registry on \
-this host may do without TLS. What has come stays if a pull ends early, and the next one goes on from there.")]
-pub struct PullArguments {
-    /// Name of the image, as in Docker
-    #[arg(value_name = "NAME[:TAG|@DIGEST]")]
-    pub name: String,
-    /// Of an image for several platforms, which one
-    #[arg(long, value_name = "OS/ARCH[/VARIANT]", default_value_t)]
-    pub platform: Platform,
-    /// Ask the registry by HTTP, without TLS
-    #[arg(long)]
-    pub plain_http: bool,
-    /// Print the name only
-    #[arg(short, long)]
-    pub quiet: bool,
-    #[command(flatten)]
-    pub limits: LimitOptions,
-}
-
-#[derive(Args)]
-#[command(after_help = "Examples:
   docker save debian | picovm load
   picovm load -i app.tar.gz
   skopeo copy docker://debian oci:layout:debian:latest && picovm load -i layout")]
@@ -131,14 +107,6 @@ pub struct LoadArguments {
     pub quiet: bool,
     #[command(flatten)]
     pub limits: LimitOptions,
-}
-
-/// How large an image may be.
-#[derive(Args)]
-pub struct LimitOptions {
-    /// Refuse an image that is larger, unpacked, as 512m or 20g
-    #[arg(long, value_name = "SIZE", default_value = "64g", value_parser = crate::arguments::parse_bytes)]
-    pub max_size: u64,
 }
 
 #[derive(Args)]

@@ -15,7 +15,16 @@ pub fn container_options(
     options: &RunOptions,
     console_log: Option<File>,
 ) -> anyhow::Result<ContainerOptions> {
-    let config = image.config()?.config;
+    let whole = image.config()?;
+    if !matches!(whole.os.as_str(), "" | "linux") || !matches!(whole.architecture.as_str(), "" | "amd64") {
+        bail!(
+            "the image {} is for {}/{}, and containers here are linux/amd64: pull it with --platform linux/amd64",
+            options.image,
+            whole.os,
+            whole.architecture
+        );
+    }
+    let config = whole.config;
     let args = config.command(Overrides {
         entrypoint: options.entrypoint.as_deref(),
         arguments: &options.command,

@@ -9,9 +9,11 @@ mod image_arguments;
 mod image_defaults;
 mod image_list;
 mod output;
+mod pull_arguments;
 mod run;
 mod template;
 mod transfer;
+mod view;
 
 use std::process::ExitCode;
 

@@ -1,63 +1,52 @@
-//! `picovm pull`, `load` and `save`, and what people see of them meanwhile.
+//! `picovm pull`, `load` and `save`.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::process::ExitCode;
-use std::time::Duration;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use picovm_engine::{
-    Digest, ImageActivity, ImageLimits, ImageName, ImageProgress, LoadOptions, LoadSource, PullOptions, Store,
-};
+use picovm_engine::{ImageName, LoadOptions, LoadSource, Store};
 
-use crate::image_arguments::{LimitOptions, LoadArguments, PullArguments, SaveOptions};
+use crate::image_arguments::{LoadArguments, SaveOptions};
+use crate::pull_arguments::PullArguments;
+use crate::view::View;
 
-impl LimitOptions {
-    fn limits(&self) -> ImageLimits {
-        ImageLimits {
-            bytes: self.max_size,
-            ..ImageLimits::default()
-        }
-    }
+/// Has `picovm-pull` do it, and becomes that. It is a program of its own because what it is made of, HTTP and TLS, would have
+/// every `picovm run` begin later: a program's relocations are made when it starts, used or not.
+pub fn pull(arguments: &PullArguments) -> anyhow::Result<ExitCode> {
+    let beside = std::env::current_exe().context("cannot find out where picovm lies")?;
+    let beside = beside.parent().unwrap_or(Path::new("."));
+    let places = ["", "../lib/picovm"].map(|place| beside.join(place).join("picovm-pull"));
+    let Some(program) = places.iter().find(|path| path.is_file()) else {
+        let looked: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();
+        bail!(
+            "there is no picovm-pull, which fetches images (looked at {}): `make build` puts it beside picovm",
+            looked.join(", ")
+        );
+    };
+    let error = Command::new(program).args(words(arguments)).exec();
+    Err(error).with_context(|| format!("cannot execute {}", program.display()))
 }
 
-pub fn pull(store: &Store, arguments: &PullArguments) -> anyhow::Result<ExitCode> {
-    let name = ImageName::parse(&arguments.name)?;
-    if !arguments.quiet {
-        if name.tag() == Some("latest") && !arguments.name.ends_with(":latest") {
-            println!("Using default tag: latest");
+/// The words of this command line.
+fn words(arguments: &PullArguments) -> Vec<String> {
+    let mut words = vec![
+        format!("--platform={}", arguments.platform),
+        format!("--max-size={}", arguments.limits.max_size),
+    ];
+    for (given, word) in [
+        (arguments.plain_http, "--plain-http"),
+        (arguments.quiet, "--quiet"),
+    ] {
+        if given {
+            words.push(word.to_owned());
         }
-        println!(
-            "{}: Pulling from {}",
-            name.tag().or(name.digest()).unwrap_or_default(),
-            name.reference().repository()
-        );
     }
-    let options = PullOptions {
-        platform: arguments.platform.clone(),
-        limits: arguments.limits.limits(),
-        plain_http: arguments.plain_http,
-    };
-    let mut view = View::new(arguments.quiet);
-    let pulled = store.pull_image(&arguments.name, &options, &mut |activity| view.show(&activity));
-    view.end();
-    let pulled = pulled?;
-    if !arguments.quiet {
-        println!("Digest: {}", pulled.digest);
-        println!(
-            "Status: {} for {}",
-            if pulled.changed {
-                "Downloaded newer image"
-            } else {
-                "Image is up to date"
-            },
-            arguments.name
-        );
-    }
-    println!("{}", name.reference().whole());
-    Ok(ExitCode::SUCCESS)
+    // Behind it, nothing is an option.
+    words.extend(["--".to_owned(), arguments.name.clone()]);
+    words
 }
 
 pub fn load(store: &Store, arguments: &LoadArguments) -> anyhow::Result<ExitCode> {
@@ -116,126 +105,35 @@ pub fn save(store: &Store, options: &SaveOptions) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What is shown of a transfer: bars on a terminal, else a line for each layer.
-struct View {
-    kind: Kind,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
 
-enum Kind {
-    Nothing,
-    Lines,
-    Bars {
-        all: MultiProgress,
-        layers: HashMap<Digest, ProgressBar>,
-        build: Option<ProgressBar>,
-    },
-}
-
-impl View {
-    fn new(quiet: bool) -> Self {
-        let kind = if quiet {
-            Kind::Nothing
-        } else if io::stderr().is_terminal() {
-            Kind::Bars {
-                all: MultiProgress::new(),
-                layers: HashMap::new(),
-                build: None,
-            }
-        } else {
-            Kind::Lines
-        };
-        Self { kind }
+    #[derive(Parser)]
+    struct Pull {
+        #[command(flatten)]
+        arguments: PullArguments,
     }
 
-    fn show(&mut self, activity: &ImageActivity) {
-        let short = |digest: &Digest| digest.hex().chars().take(12).collect::<String>();
-        match (&mut self.kind, activity) {
-            (Kind::Nothing, _) | (_, ImageActivity::Resolved(_)) => {}
-            (Kind::Lines, ImageActivity::Exists(digest)) => eprintln!("{}: Already exists", short(digest)),
-            (Kind::Lines, ImageActivity::Fetched(digest)) => {
-                eprintln!("{}: Download complete", short(digest))
-            }
-            (Kind::Lines, ImageActivity::Fetching { .. }) => {}
-            (Kind::Lines, ImageActivity::Building(progress)) => match progress {
-                ImageProgress::Layer { number, of } => eprintln!("Unpacking layer {number} of {of}"),
-                ImageProgress::Packing { .. } => eprintln!("Writing the file system"),
-                _ => {}
-            },
-            (Kind::Bars { all, layers, .. }, ImageActivity::Exists(digest)) => {
-                let bar = layer_bar(all, layers, digest, &short(digest));
-                bar.finish_with_message("Already exists");
-            }
-            (Kind::Bars { all, layers, .. }, ImageActivity::Fetching { digest, done, size }) => {
-                let bar = layer_bar(all, layers, digest, &short(digest));
-                bar.set_length(*size);
-                bar.set_position(*done);
-            }
-            (Kind::Bars { all, layers, .. }, ImageActivity::Fetched(digest)) => {
-                let bar = layer_bar(all, layers, digest, &short(digest));
-                bar.finish_with_message("Download complete");
-            }
-            (Kind::Bars { all, build, .. }, ImageActivity::Building(progress)) => {
-                let bar = build.get_or_insert_with(|| {
-                    let bar = all.add(ProgressBar::new(0));
-                    bar.enable_steady_tick(Duration::from_millis(100));
-                    bar
-                });
-                show_build(bar, *progress);
-            }
-        }
-    }
-
-    fn end(self) {
-        if let Kind::Bars { all, layers, build } = self.kind {
-            for bar in layers.values() {
-                bar.abandon();
-            }
-            if let Some(bar) = build {
-                bar.finish_and_clear();
-            }
-            drop(all);
-        }
-    }
-}
-
-fn layer_bar<'a>(
-    all: &MultiProgress,
-    layers: &'a mut HashMap<Digest, ProgressBar>,
-    digest: &Digest,
-    name: &str,
-) -> &'a ProgressBar {
-    layers.entry(digest.clone()).or_insert_with(|| {
-        let bar = all.add(ProgressBar::new(0));
-        bar.set_style(style("{prefix}: {msg:18} {bar:40} {bytes}/{total_bytes}"));
-        bar.set_prefix(name.to_owned());
-        bar.set_message("Downloading");
-        bar
-    })
-}
-
-fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
-}
-
-/// Shows how far the building of an image is.
-pub fn show_build(bar: &ProgressBar, progress: ImageProgress) {
-    match progress {
-        ImageProgress::Unpacking { read, size, .. } => {
-            if bar.length() != Some(size) {
-                bar.set_length(size);
-                bar.set_style(style("{msg} {wide_bar} {bytes}/{total_bytes} {eta}"));
-            }
-            bar.set_position(read);
-        }
-        ImageProgress::Layer { number, of } => bar.set_message(format!("unpacking layer {number} of {of}")),
-        other => {
-            let what = match other {
-                ImageProgress::Packing { .. } => "writing the file system",
-                ImageProgress::Digesting { .. } => "computing the digest",
-                _ => "looking through the source",
-            };
-            bar.set_style(style("{spinner} {msg} ({elapsed})"));
-            bar.set_message(what);
-        }
+    #[test]
+    fn what_is_asked_of_pull_is_handed_on_whole() {
+        let typed = [
+            "pull",
+            "-q",
+            "--plain-http",
+            "--platform",
+            "linux/arm64/v8",
+            "--max-size",
+            "1g",
+            "app:1",
+        ];
+        let parsed = |words: &[String]| Pull::parse_from(words).arguments;
+        let first = parsed(&typed.map(str::to_owned));
+        let handed: Vec<String> = std::iter::once("pull".to_owned()).chain(words(&first)).collect();
+        let second = parsed(&handed);
+        assert_eq!(words(&second), words(&first));
+        assert_eq!((second.name.as_str(), second.limits.max_size), ("app:1", 1 << 30));
+        assert!(second.quiet && second.plain_http && second.platform.variant.is_some());
     }
 }

@@ -214,7 +214,7 @@ fn take_image(
         prepared: start.elapsed(),
     });
     let notes = BTreeMap::from([
-        (NOTE_IMAGE.to_owned(), image.name.clone()),
+        (NOTE_IMAGE.to_owned(), image.shown()),
         (NOTE_DIGEST.to_owned(), image.digest.clone()),
     ]);
     let mut template = clone.freeze(path, &FreezeOptions { notes })?;
@@ -315,7 +315,7 @@ impl Store {
         let key = spec.key(&guest, Some(&spec.image))?;
         self.open_or_make(&key, progress, &|path, progress| {
             progress(TemplateProgress::Missing {
-                image: spec.image.name.clone(),
+                image: spec.image.shown(),
                 memory_mib: spec.memory_mib,
                 vcpus: spec.vcpus,
             });

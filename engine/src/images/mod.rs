@@ -158,6 +158,16 @@ impl Image {
         }
     }
 
+    /// What people call it: its name, or the first digits of its id if it has none.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        if self.name.is_empty() {
+            self.id_digits().chars().take(12).collect()
+        } else {
+            self.name.clone()
+        }
+    }
+
     /// The digits of its id.
     #[must_use]
     pub fn id_digits(&self) -> String {

@@ -185,9 +185,10 @@ async fn connect<'a>(
             Ok(_) => {
                 return Ok(Registry { client, auth, name });
             }
-            Err(OciDistributionError::RequestError(error)) => {
+            // One whose certificate is wrong does speak TLS.
+            Err(error @ OciDistributionError::RequestError(_)) if !told(&error).contains("certificate") => {
                 // What is said of the first protocol is what its user meant.
-                failure.get_or_insert(OciDistributionError::RequestError(error));
+                failure.get_or_insert(error);
             }
             Err(error) => return Err(failed(name, &error)),
         }
@@ -206,7 +207,7 @@ fn broken(name: &ImageName, reason: impl Into<String>) -> EngineError {
     .into()
 }
 
-/// An error of the registry, for people: with all that the layers below say, once.
+/// An error of the registry, for people.
 fn failed(name: &ImageName, error: &OciDistributionError) -> EngineError {
     let registry = name.reference().registry().to_owned();
     let denied = || {
@@ -250,19 +251,22 @@ fn failed(name: &ImageName, error: &OciDistributionError) -> EngineError {
                 )
             }
         }
-        error => {
-            let mut told = error.to_string();
-            let mut cause = std::error::Error::source(error);
-            while let Some(error) = cause {
-                let text = error.to_string();
-                if !told.contains(&text) {
-                    told = format!("{told}: {text}");
-                }
-                cause = error.source();
-            }
-            broken(name, told)
-        }
+        error => broken(name, told(error)),
     }
+}
+
+/// What an error says, and what the layers below it say, each once.
+fn told(error: &OciDistributionError) -> String {
+    let mut told = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !told.contains(&text) {
+            told = format!("{told}: {text}");
+        }
+        cause = error.source();
+    }
+    told
 }
 
 impl Registry<'_> {

@@ -153,6 +153,22 @@ fn passwords_come_from_docker_s_configuration_and_its_helpers() {
 }
 
 #[test]
+fn tls_is_spoken_and_a_certificate_that_nobody_vouches_for_is_refused() {
+    let (registry, app) = (Registry::with_tls(), App::new());
+    registry.fill(&app.source(), "app:1", &[]);
+    let name = registry.name("app:1");
+    let place = Place::new();
+    let refused = place.refused(&["pull", &name]);
+    assert!(refused.contains("certificate"), "{refused}");
+    let output = place
+        .picovm(&["pull", &name])
+        .env("SSL_CERT_FILE", registry.authority())
+        .output()
+        .expect("picovm starts");
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+#[test]
 fn a_token_is_fetched_with_the_password_where_a_registry_asks_for_one() {
     let app = App::new();
     let server = Server::start(

@@ -15,7 +15,7 @@ const PASSWORDS: &str = "user:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWd
 pub struct Registry {
     process: Child,
     port: u16,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl Registry {
@@ -29,14 +29,73 @@ impl Registry {
         Self::with("auth: {htpasswd: {realm: test, path: PASSWORDS}}\n")
     }
 
-    fn with(more: &str) -> Self {
+    /// One that speaks TLS, with a certificate of an authority that nobody knows: [`Registry::authority`].
+    pub fn with_tls() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| directory.path().join(name).display().to_string();
+        let (key, certificate) = (at("key.pem"), at("certificate.pem"));
+        let made = |subject: &str, key: &str, certificate: &str, more: &[&str]| {
+            let mut arguments = vec![
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+            ];
+            arguments.extend([
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                subject,
+                "-keyout",
+                key,
+                "-out",
+                certificate,
+            ]);
+            arguments.extend(more);
+            tool("openssl", &arguments);
+        };
+        let (authority_key, authority) = (at("authority-key.pem"), at("authority.pem"));
+        made("/CN=authority", &authority_key, &authority, &[]);
+        let more = [
+            "-CA",
+            &authority,
+            "-CAkey",
+            &authority_key,
+            "-addext",
+            "subjectAltName=DNS:localhost",
+        ];
+        made(
+            "/CN=localhost",
+            &key,
+            &certificate,
+            &[&more[..], &["-addext", "basicConstraints=CA:FALSE"]].concat(),
+        );
+        Self::in_directory(
+            directory,
+            "",
+            &format!(", tls: {{key: {key}, certificate: {certificate}}}"),
+        )
+    }
+
+    /// Where the certificate of that authority lies.
+    pub fn authority(&self) -> std::path::PathBuf {
+        self.directory.path().join("authority.pem")
+    }
+
+    fn with(more: &str) -> Self {
+        Self::in_directory(tempfile::tempdir().expect("a directory"), more, "")
+    }
+
+    fn in_directory(directory: TempDir, more: &str, http: &str) -> Self {
         let at = |name: &str| directory.path().join(name).display().to_string();
         std::fs::write(at("passwords"), PASSWORDS).expect("the passwords");
         let port = free_port();
         let configuration = format!(
             "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
-             http: {{addr: '127.0.0.1:{port}'}}\n{}",
+             http: {{addr: '127.0.0.1:{port}'{http}}}\n{}",
             at("data"),
             more.replace("PASSWORDS", &at("passwords"))
         );
@@ -51,7 +110,7 @@ impl Registry {
         let mut registry = Self {
             process,
             port,
-            _directory: directory,
+            directory,
         };
         let begun = Instant::now();
         let address = SocketAddr::from(([127, 0, 0, 1], port));
