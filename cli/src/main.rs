@@ -21,6 +21,7 @@ use clap::{CommandFactory, Parser};
 
 use arguments::{Cli, Command};
 use image_arguments::ImageCommand;
+use tracing_subscriber::filter::LevelFilter;
 
 /// Exit status of picovm's own errors, as Docker has it, so that they are told from those of a container.
 const OWN_ERROR: u8 = 125;
@@ -76,12 +77,12 @@ fn end_with_the_reader() {
 fn log(verbose: u8) {
     let level = match verbose {
         0 => return,
-        1 => "info",
-        2 => "debug",
-        _ => "trace",
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
     };
     tracing_subscriber::fmt()
-        .with_env_filter(level)
+        .with_max_level(level)
         .with_writer(std::io::stderr)
         .init();
 }

@@ -39,7 +39,7 @@ fn pull(arguments: &PullArguments) -> Result<(), EngineError> {
         println!(
             "{}: Pulling from {}",
             name.tag().or(name.digest()).unwrap_or_default(),
-            name.reference().repository()
+            name.path()
         );
     }
     let options = PullOptions {
@@ -63,6 +63,6 @@ fn pull(arguments: &PullArguments) -> Result<(), EngineError> {
             arguments.name
         );
     }
-    println!("{}", name.reference().whole());
+    println!("{}", name.whole());
     Ok(())
 }

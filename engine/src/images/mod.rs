@@ -238,7 +238,7 @@ impl Store {
 
     /// As [`Store::image`], with or without its file.
     fn find_image(&self, text: &str) -> Result<Image, EngineError> {
-        // Most names are told as they are kept, and reading the grammar takes milliseconds: this is on the path of a start.
+        // Most names are told as they are kept, and some are from before they had a grammar.
         if let Some(image) = self.read_name(name::without_defaults(text))? {
             return Ok(image);
         }

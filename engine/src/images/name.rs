@@ -1,96 +1,223 @@
 //! Names of images, by Docker's grammar: `debian` is `docker.io/library/debian:latest`.
+//!
+//! (The grammar is that of the crate oci-spec and of Docker's `distribution/reference`. Theirs is a regular expression, whose
+//! tables and compilation every start of a container would pay for.)
 
 use std::fmt;
 
-use oci_spec::distribution::Reference;
+use super::{Digest, ImagesError};
 
-use super::ImagesError;
-
-const DEFAULT_REGISTRY: &str = "docker.io/";
+const DEFAULT_REGISTRY: &str = "docker.io";
+/// An older name of it.
+const LEGACY_REGISTRY: &str = "index.docker.io";
 const DEFAULT_NAMESPACE: &str = "library/";
-const DEFAULT_TAG: &str = ":latest";
+const DEFAULT_TAG: &str = "latest";
+/// Bytes of a repository, registry included, and of a tag.
+const REPOSITORY_MAX: usize = 255;
+const TAG_MAX: usize = 128;
 /// Bytes of a record's file name; file systems take 255.
 const RECORD_NAME_MAX: usize = 200;
 
 /// The name of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ImageName(Reference);
+pub struct ImageName {
+    registry: String,
+    repository: String,
+    version: Version,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Version {
+    Tag(String),
+    Digest(Digest),
+}
 
 impl ImageName {
-    /// Reads a name as people type it.
+    /// Reads a name as people type it: `[HOST[:PORT]/]PATH[:TAG][@DIGEST]`. What is before the first `/` is a host if it has a
+    /// `.` or `:` in it or is `localhost`. As Docker has it, beside a digest a tag says nothing.
     ///
     /// # Errors
     /// [`ImagesError::Name`].
     pub fn parse(text: &str) -> Result<Self, ImagesError> {
-        let wrong = |reason: String| ImagesError::Name {
+        Self::read(text).map_err(|reason| ImagesError::Name {
             name: text.to_owned(),
-            reason,
-        };
-        let reference: Reference = text
-            .parse()
-            .map_err(|error: oci_spec::distribution::ParseError| wrong(error.to_string()))?;
-        match reference.digest() {
-            Some(digest) if super::Digest::parse(digest).is_none() => {
-                Err(wrong("only digests by SHA-256 are known".into()))
-            }
-            // As Docker has it: beside a digest, a tag says nothing.
-            Some(digest) => Ok(Self(reference.clone_with_digest(digest.to_owned()))),
-            None => Ok(Self(reference)),
-        }
+            reason: reason.to_owned(),
+        })
     }
 
-    /// Its parts.
+    fn read(text: &str) -> Result<Self, &'static str> {
+        let (named, digest) = match text.split_once('@') {
+            Some((named, digest)) => {
+                let digest = Digest::parse(digest).ok_or("behind the @ is no digest by SHA-256")?;
+                (named, Some(digest))
+            }
+            None => (text, None),
+        };
+        // A colon behind the last slash begins the tag; one before it is a port's.
+        let last = named.rfind('/').map_or(0, |slash| slash.saturating_add(1));
+        let (path, tag) = match named.get(last..).and_then(|part| part.split_once(':')) {
+            Some((part, tag)) => {
+                let end = last.saturating_add(part.len());
+                (named.get(..end).unwrap_or_default(), Some(tag))
+            }
+            None => (named, None),
+        };
+        if tag.is_some_and(|tag| !is_tag(tag)) {
+            return Err(
+                "its tag is not 1 to 128 of a-z, A-Z, 0-9, `_`, `.`, `-`, or begins with one of the last two",
+            );
+        }
+        let (registry, repository) = match path.split_once('/') {
+            Some((host, rest)) if host.contains(['.', ':']) || host == "localhost" => (host, rest),
+            _ => (DEFAULT_REGISTRY, path),
+        };
+        if !is_registry(registry) {
+            return Err("its registry is no host");
+        }
+        let registry = match registry {
+            LEGACY_REGISTRY => DEFAULT_REGISTRY,
+            registry => registry,
+        };
+        if !repository.split('/').all(is_part) {
+            return Err(
+                "a part of its path is not of a-z, 0-9 and single `.`, one or two `_` or any `-` between these",
+            );
+        }
+        let repository = match repository {
+            official if registry == DEFAULT_REGISTRY && !official.contains('/') => {
+                format!("{DEFAULT_NAMESPACE}{official}")
+            }
+            repository => repository.to_owned(),
+        };
+        if repository.len() > REPOSITORY_MAX {
+            return Err("it is too long");
+        }
+        Ok(Self {
+            registry: registry.to_owned(),
+            repository,
+            version: match digest {
+                Some(digest) => Version::Digest(digest),
+                None => Version::Tag(tag.unwrap_or(DEFAULT_TAG).to_owned()),
+            },
+        })
+    }
+
+    /// Its registry, a host and perhaps a port.
     #[must_use]
-    pub fn reference(&self) -> &Reference {
-        &self.0
+    pub fn registry(&self) -> &str {
+        &self.registry
+    }
+
+    /// Its path in the registry: `library/debian`.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        &self.repository
+    }
+
+    /// All of it: `docker.io/library/debian:latest`.
+    #[must_use]
+    pub fn whole(&self) -> String {
+        let (mark, version) = match &self.version {
+            Version::Tag(tag) => (':', tag.as_str()),
+            Version::Digest(digest) => ('@', digest.as_str()),
+        };
+        format!("{}/{}{mark}{version}", self.registry, self.repository)
     }
 
     /// Without what goes without saying, the tag aside: `debian`, `localhost:5000/team/app`.
     #[must_use]
     pub fn repository(&self) -> String {
-        let whole = format!("{}/{}", self.0.registry(), self.0.repository());
+        let whole = format!("{}/{}", self.registry, self.repository);
         without_defaults(&whole).to_owned()
     }
 
     /// Its tag, if it has one rather than a digest.
     #[must_use]
     pub fn tag(&self) -> Option<&str> {
-        self.0.tag()
+        match &self.version {
+            Version::Tag(tag) => Some(tag),
+            Version::Digest(_) => None,
+        }
     }
 
     /// Its digest, if it has one.
     #[must_use]
     pub fn digest(&self) -> Option<&str> {
-        self.0.digest()
+        match &self.version {
+            Version::Tag(_) => None,
+            Version::Digest(digest) => Some(digest.as_str()),
+        }
     }
 
     /// Whether another name has the same registry and repository.
     #[must_use]
     pub fn is_of_repository_of(&self, other: &Self) -> bool {
-        (self.0.registry(), self.0.repository()) == (other.0.registry(), other.0.repository())
+        (&self.registry, &self.repository) == (&other.registry, &other.repository)
     }
+}
+
+/// A host name or address, and perhaps a port.
+fn is_registry(text: &str) -> bool {
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !text.ends_with(']') => (host, Some(port)),
+        _ => (text, None),
+    };
+    let is_label = |label: &str| {
+        let inner = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+        !label.is_empty() && !label.starts_with('-') && !label.ends_with('-') && label.bytes().all(inner)
+    };
+    let is_host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => host.split('.').all(is_label),
+    };
+    is_host && port.is_none_or(|port| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// A part of a repository's path: `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`.
+fn is_part(part: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let ends = |byte: Option<&u8>| byte.is_some_and(|byte| is_plain(*byte));
+    let bytes = part.as_bytes();
+    ends(bytes.first())
+        && ends(bytes.last())
+        && part
+            .split(|character: char| character.is_ascii_lowercase() || character.is_ascii_digit())
+            .all(|between| {
+                matches!(between, "" | "." | "_" | "__") || between.bytes().all(|byte| byte == b'-')
+            })
+}
+
+/// `[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}`.
+fn is_tag(tag: &str) -> bool {
+    let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    tag.len() <= TAG_MAX
+        && tag.bytes().next().is_some_and(is_word)
+        && tag
+            .bytes()
+            .all(|byte| is_word(byte) || matches!(byte, b'.' | b'-'))
 }
 
 /// Without what goes without saying: `debian`, `debian:12`, `localhost:5000/app`.
 impl fmt::Display for ImageName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.repository())?;
-        match (self.0.tag(), self.0.digest()) {
-            (_, Some(digest)) => write!(f, "@{digest}"),
-            (Some(tag), None) if tag != &DEFAULT_TAG[1..] => write!(f, ":{tag}"),
-            _ => Ok(()),
-        }
+        f.write_str(without_defaults(&self.whole()))
     }
 }
 
 /// Takes away what goes without saying, without looking whether the rest is a name.
 pub(super) fn without_defaults(text: &str) -> &str {
-    let text = text.strip_prefix(DEFAULT_REGISTRY).unwrap_or(text);
+    let text = match text.strip_prefix(DEFAULT_REGISTRY) {
+        Some(rest) => rest.strip_prefix('/').unwrap_or(text),
+        None => text,
+    };
     let text = match text.strip_prefix(DEFAULT_NAMESPACE) {
         Some(rest) if !rest.contains('/') => rest,
         _ => text,
     };
-    match text.strip_suffix(DEFAULT_TAG) {
+    match text
+        .strip_suffix(DEFAULT_TAG)
+        .and_then(|rest| rest.strip_suffix(':'))
+    {
         Some(rest) if !rest.is_empty() && !rest.contains('@') => rest,
         _ => text,
     }
@@ -140,7 +267,7 @@ mod tests {
         ] {
             let name = ImageName::parse(typed).unwrap();
             assert_eq!(name.to_string(), told);
-            assert_eq!(name.reference().whole(), whole);
+            assert_eq!(name.whole(), whole);
             assert_eq!(without_defaults(told), told);
             assert_eq!(ImageName::parse(told).unwrap(), name);
         }

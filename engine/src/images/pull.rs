@@ -13,7 +13,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use oci_client::client::{BlobResponse, ClientConfig, ClientProtocol};
 use oci_client::errors::OciDistributionError;
 use oci_client::secrets::RegistryAuth;
-use oci_client::{Client, RegistryOperation};
+use oci_client::{Client, Reference, RegistryOperation};
 use picovm_rootfs::image::Limits;
 use sha2::{Digest as _, Sha256};
 
@@ -109,7 +109,7 @@ impl Store {
         let _adding = self.adding()?;
         let blobs = self.blobs();
         blobs.prepare()?;
-        let auth = credentials(name.reference().registry())?;
+        let auth = credentials(name.registry())?;
         // Which one is the process's is of no matter, as there is only one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -122,7 +122,7 @@ impl Store {
         })?;
         // Its threads, if it has made any to look up names, end with it.
         drop(runtime);
-        let source = Path::new(&name.reference().whole()).to_owned();
+        let source = Path::new(&name.whole()).to_owned();
         let mut image = self.install(&digest, &source, &options.limits, activity)?;
         image.registry_digest = Some(resolved.to_string());
         let before = self.read_name(&name.to_string())?;
@@ -154,6 +154,16 @@ struct Registry<'a> {
     client: Client,
     auth: RegistryAuth,
     name: &'a ImageName,
+    reference: Reference,
+}
+
+/// The name, as the client has it.
+fn reference(name: &ImageName) -> Reference {
+    let (registry, path) = (name.registry().to_owned(), name.path().to_owned());
+    match (name.tag(), name.digest()) {
+        (_, Some(digest)) => Reference::with_digest(registry, path, digest.to_owned()),
+        (tag, None) => Reference::with_tag(registry, path, tag.unwrap_or_default().to_owned()),
+    }
 }
 
 async fn connect<'a>(
@@ -161,7 +171,8 @@ async fn connect<'a>(
     options: &PullOptions,
     auth: RegistryAuth,
 ) -> Result<Registry<'a>, EngineError> {
-    let host = name.reference().resolve_registry();
+    let reference = reference(name);
+    let host = reference.resolve_registry();
     let protocols: &[ClientProtocol] = match (options.plain_http, is_local(host)) {
         (true, _) => &[ClientProtocol::Http],
         (false, true) => &[ClientProtocol::Https, ClientProtocol::Http],
@@ -178,12 +189,14 @@ async fn connect<'a>(
             ..ClientConfig::default()
         })
         .map_err(|error| failed(name, &error))?;
-        match client
-            .auth(name.reference(), &auth, RegistryOperation::Pull)
-            .await
-        {
+        match client.auth(&reference, &auth, RegistryOperation::Pull).await {
             Ok(_) => {
-                return Ok(Registry { client, auth, name });
+                return Ok(Registry {
+                    client,
+                    auth,
+                    name,
+                    reference,
+                });
             }
             // One whose certificate is wrong does speak TLS.
             Err(error @ OciDistributionError::RequestError(_)) if !told(&error).contains("certificate") => {
@@ -209,7 +222,7 @@ fn broken(name: &ImageName, reason: impl Into<String>) -> EngineError {
 
 /// An error of the registry, for people.
 fn failed(name: &ImageName, error: &OciDistributionError) -> EngineError {
-    let registry = name.reference().registry().to_owned();
+    let registry = name.registry().to_owned();
     let denied = || {
         ImagesError::Pull(PullError::Denied {
             name: name.to_string(),
@@ -308,8 +321,8 @@ impl Registry<'_> {
     /// A manifest or index, checked: the one of the name, or another.
     async fn document(&self, digest: Option<&Digest>) -> Result<(Digest, Vec<u8>), EngineError> {
         let reference = match digest {
-            Some(digest) => self.name.reference().clone_with_digest(digest.to_string()),
-            None => self.name.reference().clone(),
+            Some(digest) => self.reference.clone_with_digest(digest.to_string()),
+            None => self.reference.clone(),
         };
         let (bytes, _) = self
             .client
@@ -376,7 +389,7 @@ impl Registry<'_> {
         // From this registry only: addresses that a manifest names elsewhere are anybody's.
         let response = self
             .client
-            .pull_blob_stream_partial(self.name.reference(), named.digest.as_str(), partial.done, None)
+            .pull_blob_stream_partial(&self.reference, named.digest.as_str(), partial.done, None)
             .await
             .map_err(Broken::Registry)?;
         let mut stream = match response {

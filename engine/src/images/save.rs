@@ -50,7 +50,7 @@ impl Store {
             });
             if let Some(name) = &name {
                 descriptor["annotations"] = json!({
-                    NAME_ANNOTATION: name.reference().whole(),
+                    NAME_ANNOTATION: name.whole(),
                     REF_ANNOTATION: name.tag(),
                 });
             }

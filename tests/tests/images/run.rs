@@ -26,8 +26,11 @@ fn a_container_runs_what_its_image_says_unless_its_user_says_otherwise() {
     assert_eq!(run(&[], &[]), "hello from the image\n1000\n/srv/app");
     assert_eq!(run(&[], &["from", "here"]), "hello from here\n1000\n/srv/app");
     assert_eq!(
-        run(&["-e", "GREETING=bye", "-u", "root", "-w", "/etc"], &["now"]),
-        "bye now\n0\n/etc"
+        run(
+            &["-e", "GREETING=bye", "-u", "root", "-w", "/etc"],
+            &["and", "out"]
+        ),
+        "bye and out\n0\n/etc"
     );
     assert_eq!(run(&["--entrypoint", "echo"], &[]), "");
     assert_eq!(
