@@ -249,3 +249,32 @@ fn without_root_anywhere_a_container_runs_in_a_jail_too() {
     let root = std::fs::read_dir(Path::new("/proc").join(&vmm).join("root")).unwrap();
     assert_eq!(root.count(), 0, "its root is empty");
 }
+
+/// Cgroups of jails that are there.
+fn cgroups() -> usize {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let roots = mounts.lines().filter_map(|line| {
+        let (left, right) = line.split_once(" - cgroup")?;
+        let _ = right;
+        left.split(' ').nth(4)
+    });
+    roots
+        .filter_map(|root| std::fs::read_dir(Path::new(root).join("picovm-jail")).ok())
+        .flatten()
+        .filter(|entry| entry.as_ref().is_ok_and(|entry| entry.path().is_dir()))
+        .count()
+}
+
+#[test]
+fn two_hundred_jailed_in_sequence_are_right_and_leave_nothing() {
+    let _alone = alone();
+    template();
+    for number in 0..200 {
+        let text = format!("echo clone {number}; exit {}", number % 100);
+        let output = picovm(&["run", "debian", "sh", "-c", &text]).output().unwrap();
+        assert_eq!(stdout(&output), format!("clone {number}"), "{}", stderr(&output));
+        assert_eq!(output.status.code(), Some(number % 100));
+    }
+    assert!(gone_within(Duration::from_secs(20)));
+    assert_eq!(cgroups(), 0);
+}
