@@ -95,7 +95,7 @@ pub fn shared_memory() -> io::Result<()> {
     call(libc::SYS_shmat, [id, 0, 0]).map(drop)
 }
 
-/// Makes what [`shared_memory`] and [`message_queue`] look for, for everybody.
+/// Makes what `shared_memory` and `message_queue` look for, for everybody.
 ///
 /// # Errors
 /// As the system calls.
