@@ -86,7 +86,8 @@ const WANTED: &[Wanted] = &[
         what: "`picovm run`, by Firecracker's restore",
         figure: Figure::Ratio("run_first_byte", "firecracker_restore"),
         most: 0.5,
-        limit: "a cold start is two thirds of it; Firecracker's figure ends before any container is started",
+        limit: "a cold start is less than half of it, the jail with nothing prepared a fourth; Firecracker's figure ends before any \
+                container is started, and is without its jailer",
     },
     Wanted {
         what: "`picovm run`, by `crun run`",
@@ -98,15 +99,15 @@ const WANTED: &[Wanted] = &[
         what: "what the jail adds to a cold start by a fork server",
         figure: Figure::Of("jail_cold", "ms"),
         most: 0.6,
-        limit: "three filters cannot be installed in less than 0.4 ms, and a process with limits and namespaces is forked in 0.2 ms \
-                more than a plain one",
+        limit: "its steps take 1 ms, three filters 0.6 of that; the rest is not told apart: a cgroup is charged for each page, and \
+                each system call passes two filters",
     },
     Wanted {
         what: "what the jail adds to a start from a pool",
         figure: Figure::Of("jail_pooled", "ms"),
         // Nothing, as far as the difference of two figures that each repeat to a hundredth can tell.
         most: 0.03,
-        limit: "in a pool all of it is done ahead; what is left is memory of a cgroup of its own, which is charged",
+        limit: "in a pool all of it is done ahead; what is left is memory, which is charged to a cgroup",
     },
     Wanted {
         what: "memory of a live container",
