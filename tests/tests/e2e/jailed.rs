@@ -214,7 +214,7 @@ fn isolated_memory_is_no_mapping_of_the_template() {
 #[test]
 fn without_root_anywhere_a_container_runs_in_a_jail_too() {
     let _alone = alone();
-    // Everything that another user needs, where it can read and write it.
+    // Everything that another user needs, where it can read and write it; the image itself, where the store has a link.
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     let binary = at("picovm");
@@ -223,7 +223,7 @@ fn without_root_anywhere_a_container_runs_in_a_jail_too() {
     std::fs::copy(crate::guest().kernel, at("guest/vmlinux")).unwrap();
     std::fs::copy(crate::guest().initramfs, at("guest/initramfs.cpio")).unwrap();
     let copied = Command::new("cp")
-        .args(["-r", "--reflink=auto"])
+        .args(["-rL", "--reflink=auto"])
         .arg(store().path())
         .arg(at("store"))
         .status()
