@@ -194,7 +194,7 @@ const WANTED: &[Wanted] = &[
 ];
 
 impl Figure {
-    /// The figure and its unit, if every measure that it needs was made.
+    /// The figure, if every measure that it needs was made.
     fn of(self, report: &Report) -> Option<f64> {
         let value = match self {
             Self::Of(name, _) => report.median(name)?,

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use picovm_vmm::Template;
@@ -37,15 +37,13 @@ pub struct Pool {
 /// The fork server of a pool. Dropping it closes its control socket, and waits until it has seen its last child end.
 pub(crate) struct Server {
     control: UnixStream,
-    process: Mutex<Child>,
-    id: u32,
+    process: Child,
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.control.shutdown(std::net::Shutdown::Both);
-        let process = self.process.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let _ = process.wait();
+        let _ = self.process.wait();
     }
 }
 
@@ -93,11 +91,7 @@ impl Pool {
             .spawn()
             .map_err(failed("start picovm-vmm, the fork server of a pool"))?;
         let mut pool = Self {
-            server: Arc::new(Server {
-                control,
-                id: process.id(),
-                process: Mutex::new(process),
-            }),
+            server: Arc::new(Server { control, process }),
             size,
             parking,
             waiting: VecDeque::with_capacity(size),
@@ -151,7 +145,7 @@ impl Pool {
     /// Process id of the fork server. Its children are the VMM processes, of parked and of live clones.
     #[must_use]
     pub fn server_id(&self) -> u32 {
-        self.server.id
+        self.server.process.id()
     }
 
     /// Waits until every clone of the pool is parked.
