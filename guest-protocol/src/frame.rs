@@ -1,7 +1,12 @@
 //! The agent's messages on the control connection.
 //!
 //! The connection is a byte stream in each direction (a virtio-console port). A frame is an 8-byte header (kind `u8`,
-//! three zero bytes, payload length little-endian `u32`) and a payload of at most [`PAYLOAD_MAX`] bytes.
+//! a zero byte, number of the process little-endian `u16`, payload length little-endian `u32`) and a payload of at most
+//! [`PAYLOAD_MAX`] bytes.
+//!
+//! Process [`MAIN`] is the container's main process, which the identity or [`Frame::Spec`] describes. The host begins others with
+//! [`Frame::Exec`] and [`Frame::Help`], under a number that no process has, and may use the number again after the process's
+//! [`Frame::Exit`].
 //!
 //! Streams have credit, so that one that nobody reads never holds up another, a signal or the exit status: each
 //! direction of a stream starts with [`INITIAL_CREDIT`] bytes; a sender spends credit with each data frame, and the
@@ -9,7 +14,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::identity::ContainerSpec;
+use crate::identity::{ContainerSpec, Helper, ProcessSpec, TerminalSize};
 
 /// Bytes of a frame before its payload.
 pub const HEADER_SIZE: usize = 8;
@@ -21,7 +26,16 @@ pub const DATA_MAX: usize = 32 << 10;
 /// Bytes that may be sent on a stream before the first [`Frame::Credit`].
 pub const INITIAL_CREDIT: u32 = 256 << 10;
 
-/// A stream of the container's process.
+/// Number of the container's main process.
+pub const MAIN: u16 = 0;
+/// What comes before the main process starts: its writable layer, as standard input of this number
+/// ([`ContainerSpec::layer`]). No process has it.
+pub const LAYER: u16 = u16::MAX;
+/// Most processes that an agent has at once, with the main one. One more than that ends with a
+/// [`StartFailure`].
+pub const PROCESSES_MAX: usize = 256;
+
+/// A stream of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Stream {
     /// Standard input, host to guest.
@@ -89,10 +103,20 @@ pub enum Frame {
     Close(Stream),
     /// The receiver of this stream can take so many more bytes.
     Credit(Stream, u32),
-    /// Host to guest: deliver this signal to the container's process group.
+    /// Host to guest: deliver this signal to the process's group.
     Signal(u8),
-    /// Guest to host, last frame: how the container ended. Every byte of its output was sent before.
+    /// Guest to host, last frame of a process: how it ended. Every byte of its output was sent before. With the main process
+    /// all others end, but for helpers; their last frames come first.
     Exit(ContainerExit),
+    /// Host to guest: begin a process in the container.
+    Exec(ProcessSpec),
+    /// Host to guest: begin a process that is the agent's own.
+    Help(Helper),
+    /// Host to guest: the process's terminal has this size.
+    Resize(TerminalSize),
+    /// Guest to host, about the main process, before its exit: memory has run out, and the kernel has killed a process of the
+    /// container for it.
+    OutOfMemory,
 }
 
 /// Why bytes are not a frame. The connection is of no use after such an error.
@@ -102,7 +126,7 @@ pub enum FrameError {
     #[error("unknown frame kind {0}")]
     Kind(u8),
     /// Reserved header bytes are not zero.
-    #[error("reserved bytes of a frame header are not zero")]
+    #[error("the reserved byte of a frame header is not zero")]
     Reserved,
     /// The payload is longer than allowed.
     #[error("a frame of {0} bytes is longer than {PAYLOAD_MAX}")]
@@ -121,6 +145,10 @@ const CLOSE: u8 = 5;
 const CREDIT: u8 = 8;
 const SIGNAL: u8 = 11;
 const EXIT: u8 = 12;
+const EXEC: u8 = 13;
+const HELP: u8 = 14;
+const RESIZE: u8 = 15;
+const OUT_OF_MEMORY: u8 = 16;
 
 /// The kind of a frame about a stream: `first` is that of standard input, the others follow.
 fn kind_for(first: u8, stream: Stream) -> u8 {
@@ -140,34 +168,29 @@ fn stream_of(first: u8, kind: u8) -> Stream {
 }
 
 impl Frame {
-    /// Appends the encoded frame to `out`.
+    /// Appends the encoded frame about a process to `out`.
     ///
     /// # Errors
     /// [`FrameError::TooLarge`]; `out` is then unchanged.
-    pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), FrameError> {
-        let (kind, payload) = match self {
-            Self::Spec(spec) => (
-                SPEC,
-                postcard::to_stdvec(spec).map_err(|_| FrameError::Payload(SPEC))?,
-            ),
-            Self::Data(stream, bytes) => return encode_data(*stream, bytes, out),
-            Self::Close(stream) => (kind_for(CLOSE, *stream), Vec::new()),
-            Self::Credit(stream, bytes) => (kind_for(CREDIT, *stream), bytes.to_le_bytes().to_vec()),
-            Self::Signal(signal) => (SIGNAL, vec![*signal]),
-            Self::Exit(exit) => (
-                EXIT,
-                postcard::to_stdvec(exit).map_err(|_| FrameError::Payload(EXIT))?,
-            ),
-        };
-        put(kind, &payload, out)
+    pub fn encode(&self, process: u16, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Spec(spec) => put_value(SPEC, process, spec, out),
+            Self::Data(stream, bytes) => encode_data(process, *stream, bytes, out),
+            Self::Close(stream) => put(kind_for(CLOSE, *stream), process, &[], out),
+            Self::Credit(stream, bytes) => put(kind_for(CREDIT, *stream), process, &bytes.to_le_bytes(), out),
+            Self::Signal(signal) => put(SIGNAL, process, &[*signal], out),
+            Self::Exit(exit) => put_value(EXIT, process, exit, out),
+            Self::Exec(spec) => put_value(EXEC, process, spec, out),
+            Self::Help(helper) => put_value(HELP, process, helper, out),
+            Self::Resize(size) => put_value(RESIZE, process, size, out),
+            Self::OutOfMemory => put(OUT_OF_MEMORY, process, &[], out),
+        }
     }
 
     fn decode(kind: u8, payload: &[u8]) -> Result<Self, FrameError> {
         let malformed = FrameError::Payload(kind);
         match kind {
-            SPEC => postcard::from_bytes(payload)
-                .map(Self::Spec)
-                .map_err(|_| malformed),
+            SPEC => value(kind, payload).map(Self::Spec),
             DATA..CLOSE => Ok(Self::Data(stream_of(DATA, kind), payload.to_vec())),
             CLOSE..CREDIT if payload.is_empty() => Ok(Self::Close(stream_of(CLOSE, kind))),
             CREDIT..SIGNAL => match payload.try_into() {
@@ -178,29 +201,41 @@ impl Frame {
                 [signal] => Ok(Self::Signal(*signal)),
                 _ => Err(malformed),
             },
-            EXIT => postcard::from_bytes(payload)
-                .map(Self::Exit)
-                .map_err(|_| malformed),
-            CLOSE..CREDIT => Err(malformed),
+            EXIT => value(kind, payload).map(Self::Exit),
+            EXEC => value(kind, payload).map(Self::Exec),
+            HELP => value(kind, payload).map(Self::Help),
+            RESIZE => value(kind, payload).map(Self::Resize),
+            OUT_OF_MEMORY if payload.is_empty() => Ok(Self::OutOfMemory),
+            CLOSE..CREDIT | OUT_OF_MEMORY => Err(malformed),
             _ => Err(FrameError::Kind(kind)),
         }
     }
+}
+
+fn value<T: serde::de::DeserializeOwned>(kind: u8, payload: &[u8]) -> Result<T, FrameError> {
+    postcard::from_bytes(payload).map_err(|_| FrameError::Payload(kind))
+}
+
+fn put_value(kind: u8, process: u16, value: &impl Serialize, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    let payload = postcard::to_stdvec(value).map_err(|_| FrameError::Payload(kind))?;
+    put(kind, process, &payload, out)
 }
 
 /// Appends a data frame to `out` without a copy of the bytes in between.
 ///
 /// # Errors
 /// [`FrameError::TooLarge`]; `out` is then unchanged.
-pub fn encode_data(stream: Stream, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
-    put(kind_for(DATA, stream), bytes, out)
+pub fn encode_data(process: u16, stream: Stream, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
+    put(kind_for(DATA, stream), process, bytes, out)
 }
 
-fn put(kind: u8, payload: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
+fn put(kind: u8, process: u16, payload: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
     let length = u32::try_from(payload.len())
         .ok()
         .filter(|_| payload.len() <= PAYLOAD_MAX)
         .ok_or(FrameError::TooLarge(payload.len()))?;
-    out.extend_from_slice(&[kind, 0, 0, 0]);
+    out.extend_from_slice(&[kind, 0]);
+    out.extend_from_slice(&process.to_le_bytes());
     out.extend_from_slice(&length.to_le_bytes());
     out.extend_from_slice(payload);
     Ok(())
@@ -223,12 +258,12 @@ impl FrameDecoder {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next whole frame, or `None` until more bytes are there.
+    /// The next whole frame and the process that it is about, or `None` until more bytes are there.
     ///
     /// # Errors
     /// A [`FrameError`]; the decoder then stays at the bad frame and repeats the error.
-    pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
-        let Some((kind, length)) = self.header()? else {
+    pub fn next_frame(&mut self) -> Result<Option<(u16, Frame)>, FrameError> {
+        let Some((kind, process, length)) = self.header()? else {
             return Ok(None);
         };
         let start = self.consumed.saturating_add(HEADER_SIZE);
@@ -238,7 +273,7 @@ impl FrameDecoder {
         };
         let frame = Frame::decode(kind, payload)?;
         self.consumed = end;
-        Ok(Some(frame))
+        Ok(Some((process, frame)))
     }
 
     /// How many bytes are certainly missing until the next frame is whole, 0 if it is: for who must not take a byte of
@@ -248,28 +283,28 @@ impl FrameDecoder {
     /// As [`FrameDecoder::next_frame`].
     pub fn missing(&self) -> Result<usize, FrameError> {
         let present = self.buffer.len().saturating_sub(self.consumed);
-        let needed = self.header()?.map_or(0, |(_, length)| length);
+        let needed = self.header()?.map_or(0, |(_, _, length)| length);
         Ok(needed.saturating_add(HEADER_SIZE).saturating_sub(present))
     }
 
-    /// Kind of the next frame and length of its payload, if its header is there.
-    fn header(&self) -> Result<Option<(u8, usize)>, FrameError> {
+    /// Kind of the next frame, its process and length of its payload, if its header is there.
+    fn header(&self) -> Result<Option<(u8, u16, usize)>, FrameError> {
         let rest = self.buffer.get(self.consumed..).unwrap_or_default();
         let Some(header) = rest.first_chunk::<HEADER_SIZE>() else {
             return Ok(None);
         };
-        let [kind, r0, r1, r2, length @ ..] = *header;
-        if !(SPEC..=EXIT).contains(&kind) {
+        let [kind, reserved, p0, p1, length @ ..] = *header;
+        if !(SPEC..=OUT_OF_MEMORY).contains(&kind) {
             return Err(FrameError::Kind(kind));
         }
-        if r0 | r1 | r2 != 0 {
+        if reserved != 0 {
             return Err(FrameError::Reserved);
         }
         let length = u32::from_le_bytes(length);
         if length as usize > PAYLOAD_MAX {
             return Err(FrameError::Length(length));
         }
-        Ok(Some((kind, length as usize)))
+        Ok(Some((kind, u16::from_le_bytes([p0, p1]), length as usize)))
     }
 
     /// Whether part of a frame has been received.
@@ -288,33 +323,46 @@ mod tests {
         prop_oneof![Just(Stream::Stdin), Just(Stream::Stdout), Just(Stream::Stderr)]
     }
 
-    fn frame() -> impl Strategy<Value = Frame> {
+    fn frame() -> impl Strategy<Value = (u16, Frame)> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..40);
-        prop_oneof![
+        let size = (any::<u16>(), any::<u16>()).prop_map(|(rows, columns)| TerminalSize { rows, columns });
+        let process =
+            (bytes(), bytes(), bytes(), any::<bool>(), size.clone()).prop_map(|(a, e, cwd, stdin, size)| {
+                ProcessSpec {
+                    args: vec![a],
+                    env: vec![e],
+                    cwd,
+                    stdin,
+                    terminal: Some(size),
+                    rlimits: vec![(7, 1024, u64::MAX)],
+                    ..ProcessSpec::default()
+                }
+            });
+        let frame = prop_oneof![
             (stream(), bytes()).prop_map(|(s, b)| Frame::Data(s, b)),
             stream().prop_map(Frame::Close),
             (stream(), any::<u32>()).prop_map(|(s, n)| Frame::Credit(s, n)),
             any::<u8>().prop_map(Frame::Signal),
             any::<u8>().prop_map(|c| Frame::Exit(ContainerExit::Code(c))),
             any::<u8>().prop_map(|c| Frame::Exit(ContainerExit::Signal(c))),
-            (bytes(), bytes(), bytes(), any::<bool>()).prop_map(|(a, e, cwd, stdin)| Frame::Spec(
-                ContainerSpec {
-                    args: vec![a],
-                    env: vec![e],
-                    cwd,
-                    user: Vec::new(),
-                    stdin,
-                }
-            )),
-        ]
+            process
+                .clone()
+                .prop_map(|process| Frame::Spec(ContainerSpec::of(process))),
+            process.prop_map(Frame::Exec),
+            bytes().prop_map(|path| Frame::Help(Helper::Pack { path, follow: true })),
+            Just(Frame::Help(Helper::Changes)),
+            size.prop_map(Frame::Resize),
+            Just(Frame::OutOfMemory),
+        ];
+        (any::<u16>(), frame)
     }
 
     proptest! {
         #[test]
         fn frames_survive_any_cutting_of_the_stream(frames in prop::collection::vec(frame(), 0..8), cut in 1usize..30) {
             let mut bytes = Vec::new();
-            for frame in &frames {
-                frame.encode(&mut bytes).unwrap();
+            for (process, frame) in &frames {
+                frame.encode(*process, &mut bytes).unwrap();
             }
             let mut decoder = FrameDecoder::default();
             let mut seen = Vec::new();
@@ -348,7 +396,7 @@ mod tests {
     #[test]
     fn a_length_past_the_limit_is_refused_before_it_is_awaited() {
         let mut decoder = FrameDecoder::default();
-        decoder.push(&[DATA, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        decoder.push(&[DATA, 0, 7, 0, 0xff, 0xff, 0xff, 0xff]);
         assert_eq!(decoder.next_frame(), Err(FrameError::Length(u32::MAX)));
     }
 
@@ -372,9 +420,9 @@ mod tests {
     fn a_frame_can_be_taken_without_a_byte_of_the_next() {
         let mut bytes = Vec::new();
         Frame::Data(Stream::Stdin, b"first".to_vec())
-            .encode(&mut bytes)
+            .encode(3, &mut bytes)
             .unwrap();
-        Frame::Signal(15).encode(&mut bytes).unwrap();
+        Frame::Signal(15).encode(MAIN, &mut bytes).unwrap();
         let mut decoder = FrameDecoder::default();
         let mut rest = bytes.as_slice();
         while decoder.missing().unwrap() > 0 {
@@ -383,7 +431,7 @@ mod tests {
             rest = after;
         }
         let frame = decoder.next_frame().unwrap();
-        assert_eq!(frame, Some(Frame::Data(Stream::Stdin, b"first".to_vec())));
+        assert_eq!(frame, Some((3, Frame::Data(Stream::Stdin, b"first".to_vec()))));
         assert_eq!(rest.len(), HEADER_SIZE + 1);
         assert_eq!(decoder.missing().unwrap(), HEADER_SIZE);
     }

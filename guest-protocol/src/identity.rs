@@ -28,9 +28,42 @@ pub struct Identity {
     pub container: Option<ContainerSpec>,
 }
 
-/// What to run in the clone and how. Strings are bytes, as `execve(2)` has them; none contains a zero byte.
+/// A container: its main process, and what holds for all its processes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSpec {
+    /// Its main process. Without arguments there is none: the agent serves until the host ends the clone, which is for looking
+    /// at the files of a container that does not run.
+    pub process: ProcessSpec,
+    /// What all its processes together may take.
+    pub limits: Limits,
+    /// Whether its root file system refuses to be written to.
+    pub read_only: bool,
+    /// File systems in memory: where, absolute, and the options of `mount(8)` as `size=64m,mode=1777`.
+    pub tmpfs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Lines for its `/etc/hosts`, after its own.
+    pub hosts: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Whether its writable layer comes over the control connection before anything runs: data of standard input of process
+    /// [`LAYER`](crate::frame::LAYER), in the format of [`Helper::SaveLayer`].
+    pub layer: bool,
+    /// Whether the agent goes on when the main process has ended, for the host to ask for the writable layer. If not, it powers
+    /// the machine off after the exit status.
+    pub stay: bool,
+}
+
+impl ContainerSpec {
+    /// One with this process and everything else by default.
+    #[must_use]
+    pub fn of(process: ProcessSpec) -> Self {
+        Self {
+            process,
+            ..Self::default()
+        }
+    }
+}
+
+/// A process of a container. Strings are bytes, as `execve(2)` has them; none contains a zero byte.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessSpec {
     /// Arguments; the first is the program, looked up in the container's `PATH` when it has no slash.
     pub args: Vec<Vec<u8>>,
     /// Environment as `NAME=value`.
@@ -40,8 +73,166 @@ pub struct ContainerSpec {
     /// `user[:group]`, each a name from the container's own `/etc/passwd` and `/etc/group` or a number.
     /// Empty: root.
     pub user: Vec<u8>,
-    /// Whether standard input is connected. If not, it is `/dev/null`.
+    /// Further groups by name or number.
+    pub groups: Vec<Vec<u8>>,
+    /// Whether standard input is connected. If not, it is `/dev/null`; with a terminal, it is the terminal, and nothing comes.
     pub stdin: bool,
+    /// A terminal of this size for all three streams; its output is the process's standard output.
+    pub terminal: Option<TerminalSize>,
+    /// Resource limits (`setrlimit(2)`): number of the resource, soft, hard; `u64::MAX` is none.
+    pub rlimits: Vec<(u32, u64, u64)>,
+    /// Capabilities that it and its descendants cannot have, a bit for each (`capabilities(7)`), beside those that no container
+    /// has.
+    pub drop_capabilities: u64,
+    /// Whether `execve` gives no privileges (`PR_SET_NO_NEW_PRIVS`).
+    pub no_new_privileges: bool,
+}
+
+/// What the processes of a container may take together; `None` is all that the machine has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Memory in bytes (`memory.max` of cgroup v2).
+    pub memory: Option<u64>,
+    /// Number of processes and threads (`pids.max`).
+    pub pids: Option<u64>,
+    /// Processor time in microseconds for each [`Limits::CPU_PERIOD`] (`cpu.max`).
+    pub cpu: Option<u64>,
+}
+
+impl Limits {
+    /// Microseconds in which [`Limits::cpu`] may be spent.
+    pub const CPU_PERIOD: u64 = 100_000;
+}
+
+/// Size of a terminal in characters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub columns: u16,
+}
+
+/// Something that the agent does in the container, as a process of its own with streams and an exit status: 0, or 1 with a
+/// sentence on standard error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Helper {
+    /// Standard output is a tar archive (PAX where it must be) of a file, or of a directory with all that is in it, under its
+    /// last name. With `follow`, a link at the end of the path is followed.
+    Pack {
+        /// Absolute path in the container.
+        path: Vec<u8>,
+        /// Whether a symbolic link at the end of the path is followed.
+        follow: bool,
+    },
+    /// Standard input is a tar archive, which is unpacked in a directory that exists.
+    Unpack {
+        /// Absolute path in the container.
+        path: Vec<u8>,
+        /// Whether files get the owners that the archive names, or root.
+        keep_owners: bool,
+    },
+    /// Standard output is what `stat(2)` says of a path, a [`PathStatus`] in postcard.
+    Stat {
+        /// Absolute path in the container.
+        path: Vec<u8>,
+    },
+    /// Standard output is the list of what the container has changed of its image's files, a `Vec<`[`Change`]`>` in postcard.
+    Changes,
+    /// Standard output is the writable layer, a tar archive with whiteouts as the OCI image specification has them
+    /// (`.wh.NAME`, `.wh..wh..opq`).
+    SaveLayer,
+    /// Standard output is the list of processes, a `Vec<`[`Task`]`>` in postcard.
+    Tasks,
+    /// Standard output is a [`Usage`] in postcard.
+    Usage,
+}
+
+/// What `stat(2)` says of a path in the container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathStatus {
+    /// Its last name.
+    pub name: Vec<u8>,
+    /// Type and permissions (`st_mode`).
+    pub mode: u32,
+    /// Size in bytes.
+    pub size: u64,
+    /// Change of content, in seconds since 1970.
+    pub modified: i64,
+    /// Where a symbolic link leads; empty for anything else.
+    pub target: Vec<u8>,
+}
+
+/// How a file differs from the image's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ChangeKind {
+    /// The content or what belongs to it; of a directory, that something in it has changed.
+    Modified,
+    /// It is not in the image.
+    Added,
+    /// It is gone.
+    Deleted,
+}
+
+/// One file that differs from the image's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// How.
+    pub kind: ChangeKind,
+    /// Absolute path.
+    pub path: Vec<u8>,
+}
+
+/// A process of the container, as `/proc` has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// Its id in the guest.
+    pub pid: u32,
+    /// Its parent's.
+    pub parent: u32,
+    /// Name of its user, or the number.
+    pub user: Vec<u8>,
+    /// One letter (`proc(5)`).
+    pub state: u8,
+    /// Number of threads.
+    pub threads: u32,
+    /// Memory in bytes that is present.
+    pub resident: u64,
+    /// Terminal, as `pts/0`; empty for none.
+    pub terminal: Vec<u8>,
+    /// When it started, in seconds since 1970.
+    pub started: u64,
+    /// Processor time in milliseconds.
+    pub cpu_ms: u64,
+    /// Its command line, or its name in brackets.
+    pub command: Vec<u8>,
+}
+
+/// What a container takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Processor time of all its processes, in nanoseconds.
+    pub cpu_ns: u64,
+    /// Time since the machine has started, in nanoseconds: what [`Usage::cpu_ns`] is compared with.
+    pub uptime_ns: u64,
+    /// Processors of the machine.
+    pub cpus: u32,
+    /// Memory in bytes, without the page cache that could be given up.
+    pub memory: u64,
+    /// Its limit, or the machine's memory.
+    pub memory_limit: u64,
+    /// Processes and threads.
+    pub pids: u64,
+    /// Bytes read from disks.
+    pub read: u64,
+    /// Bytes written to disks.
+    pub written: u64,
+    /// Bytes received from networks.
+    pub received: u64,
+    /// Bytes sent to networks.
+    pub sent: u64,
+    /// How often a process was killed because memory had run out.
+    pub oom_kills: u64,
 }
 
 /// Why an identity could not be encoded or decoded.
@@ -119,11 +310,11 @@ mod tests {
             hostname: "box".into(),
             entropy: [7; 32],
             realtime_ns: 1_790_000_000_000_000_000,
-            container: Some(ContainerSpec {
+            container: Some(ContainerSpec::of(ProcessSpec {
                 args: vec![b"echo".to_vec(), vec![0xff, 0xfe]],
                 env: vec![b"PATH=/bin".to_vec()],
-                ..ContainerSpec::default()
-            }),
+                ..ProcessSpec::default()
+            })),
         }
     }
 
@@ -143,7 +334,7 @@ mod tests {
     #[test]
     fn a_large_container_does_not_fit_and_says_so() {
         let mut identity = sample();
-        identity.container.as_mut().unwrap().env = vec![vec![b'x'; 5000]];
+        identity.container.as_mut().unwrap().process.env = vec![vec![b'x'; 5000]];
         assert!(matches!(
             identity.encode(4096),
             Err(IdentityError::TooLarge { needed, available: 4096 }) if needed > 5000

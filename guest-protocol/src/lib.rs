@@ -6,7 +6,7 @@
 //!   to be cloned, where its identity is to be written, and that it is done;
 //! * [`identity`]: what makes a clone itself, written by the host into guest memory before the clone's first
 //!   instruction;
-//! * [`frame`]: the agent's messages on the control connection: streams, signals, exit status.
+//! * [`frame`]: the agent's messages on the control connection: processes, streams, signals, exit status.
 //!
 //! Neither side trusts the other: every decoder here takes arbitrary bytes and answers with a value or an error.
 
@@ -27,10 +27,13 @@ pub mod identity;
 pub mod trap;
 
 pub use frame::{ContainerExit, Frame, FrameDecoder, FrameError, StartFailure, Stream};
-pub use identity::{ContainerSpec, Identity, IdentityError};
+pub use identity::{
+    Change, ChangeKind, ContainerSpec, Helper, Identity, IdentityError, Limits, PathStatus, ProcessSpec,
+    Task, TerminalSize, Usage,
+};
 
 /// Version of everything in this crate. A template made by another version is rebuilt, never reinterpreted.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Name of the virtio-console port that carries the control connection, as sysfs shows it in
 /// `/sys/class/virtio-ports/vportNpM/name`.
