@@ -47,6 +47,7 @@ pub fn container_options(
         stdin: options.interactive,
         isolate_memory: options.isolate_memory,
         console_log,
+        ..ContainerOptions::default()
     })
 }
 

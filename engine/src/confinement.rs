@@ -35,8 +35,8 @@ pub enum Confinement {
 const OVERHEAD: u64 = 64 << 20;
 /// Threads of a VMM process beside those of its vCPUs, with room for those that the kernel makes for it.
 const THREADS: u64 = 8;
-/// Descriptors that a VMM process may have open.
-const OPEN_FILES: u64 = 128;
+/// Descriptors that a VMM process may have open: its own, and three for each process that is executed in its container.
+const OPEN_FILES: u64 = 1024;
 
 /// What a VMM process of this template may have. All that it needs it is born with, so its root is empty.
 fn policy(template: &Template, mode: SeccompMode) -> Policy {

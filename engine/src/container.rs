@@ -3,11 +3,12 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use picovm_guest_protocol::{ContainerSpec, Identity, IdentityError};
+use picovm_guest_protocol::{ContainerSpec, Identity, IdentityError, Limits, ProcessSpec, TerminalSize};
 use picovm_vmm::{ForkOptions, Machine, Outcome, Template};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -18,7 +19,9 @@ use crate::session::Session;
 /// What to run and how.
 #[derive(Debug, Default)]
 pub struct ContainerOptions {
-    /// Program and arguments.
+    /// Its id, printable ASCII; 12 random hexadecimal digits if there is none.
+    pub id: Option<String>,
+    /// Program and arguments. None: the clone only serves to look at the container's files, until it is ended.
     pub args: Vec<OsString>,
     /// Environment as `NAME=value`.
     pub env: Vec<OsString>,
@@ -26,10 +29,33 @@ pub struct ContainerOptions {
     pub workdir: OsString,
     /// `user[:group]` by name or number; root if empty.
     pub user: OsString,
-    /// Host name; the container's id if there is none.
+    /// Further groups, by name or number.
+    pub groups: Vec<OsString>,
+    /// Host name; the first 12 characters of the container's id if there is none.
     pub hostname: Option<String>,
     /// Whether standard input is connected.
     pub stdin: bool,
+    /// A terminal of this size for all three streams, instead of a pipe for each.
+    pub terminal: Option<TerminalSize>,
+    /// Resource limits: number of the resource (`setrlimit(2)`), soft, hard; `u64::MAX` is none.
+    pub rlimits: Vec<(u32, u64, u64)>,
+    /// Capabilities that are taken from it, a bit for each (`capabilities(7)`).
+    pub drop_capabilities: u64,
+    /// Whether no program gives it privileges (setuid, file capabilities).
+    pub no_new_privileges: bool,
+    /// What all its processes together may take.
+    pub limits: Limits,
+    /// Whether its root file system refuses to be written to.
+    pub read_only: bool,
+    /// File systems in memory: where, and the options of `mount(8)`.
+    pub tmpfs: Vec<(OsString, OsString)>,
+    /// Addresses and names for its `/etc/hosts`.
+    pub hosts: Vec<(String, String)>,
+    /// The writable layer that an earlier run has left, as [`Helper::SaveLayer`](picovm_guest_protocol::Helper::SaveLayer)
+    /// gives it.
+    pub layer: Option<File>,
+    /// Whether the clone outlives the container's main process, to be asked for the writable layer.
+    pub stay: bool,
     /// Whether the clone shares no page with others of its template: see [`ForkOptions::isolate_memory`]. Only a container that is
     /// started cold can.
     pub isolate_memory: bool,
@@ -53,6 +79,7 @@ impl ContainerOptions {
 
     pub(crate) fn request(&self) -> Start {
         Start {
+            id: self.id.clone(),
             spec: self.spec(),
             hostname: self.hostname.clone(),
         }
@@ -61,22 +88,48 @@ impl ContainerOptions {
     fn spec(&self) -> ContainerSpec {
         let bytes = |strings: &[OsString]| strings.iter().map(|string| string.clone().into_vec()).collect();
         ContainerSpec {
-            args: bytes(&self.args),
-            env: bytes(&self.env),
-            cwd: self.workdir.clone().into_vec(),
-            user: self.user.clone().into_vec(),
-            stdin: self.stdin,
+            process: ProcessSpec {
+                args: bytes(&self.args),
+                env: bytes(&self.env),
+                cwd: self.workdir.clone().into_vec(),
+                user: self.user.clone().into_vec(),
+                groups: bytes(&self.groups),
+                stdin: self.stdin,
+                terminal: self.terminal,
+                rlimits: self.rlimits.clone(),
+                drop_capabilities: self.drop_capabilities,
+                no_new_privileges: self.no_new_privileges,
+            },
+            limits: self.limits,
+            read_only: self.read_only,
+            tmpfs: self
+                .tmpfs
+                .iter()
+                .map(|(place, options)| (place.clone().into_vec(), options.clone().into_vec()))
+                .collect(),
+            hosts: self
+                .hosts
+                .iter()
+                .map(|(address, name)| (address.clone().into_bytes(), name.clone().into_bytes()))
+                .collect(),
+            layer: self.layer.is_some(),
+            stay: self.stay,
         }
     }
 }
 
 /// What a container is started with.
 pub(crate) struct Start {
+    /// Its id; a random one if there is none.
+    pub(crate) id: Option<String>,
     /// What to run.
     pub(crate) spec: ContainerSpec,
-    /// Host name; the container's id if there is none.
+    /// Host name; the beginning of the container's id if there is none.
     pub(crate) hostname: Option<String>,
 }
+
+/// How much of an id is shown, and is the host name of who has no other.
+const SHORT_ID: usize = 12;
 
 /// A container that has an id and an identity, and no clone yet.
 struct Identified {
@@ -84,18 +137,23 @@ struct Identified {
     identity: Vec<u8>,
     session: Session,
     stdin: bool,
+    stay: bool,
 }
 
 impl Identified {
     fn new(template: &Template, start: Start) -> Result<Self, EngineError> {
         let mut entropy = [0u8; 32];
         fill_random(&mut entropy)?;
-        let mut id = [0u8; 6];
-        fill_random(&mut id)?;
-        let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-        let stdin = start.spec.stdin;
+        let id = match start.id {
+            Some(id) => id,
+            None => random_id::<6>()?,
+        };
+        let (stdin, stay) = (start.spec.process.stdin, start.spec.stay);
+        let has_layer = start.spec.layer;
         let mut identity = Identity {
-            hostname: start.hostname.unwrap_or_else(|| id.clone()),
+            hostname: start
+                .hostname
+                .unwrap_or_else(|| id.chars().take(SHORT_ID).collect()),
             id: id.clone(),
             entropy,
             realtime_ns: SystemTime::now()
@@ -115,11 +173,15 @@ impl Identified {
             encoded => encoded,
         }
         .map_err(|error| EngineError::host("encode the clone's identity")(io::Error::other(error)))?;
+        if has_layer {
+            session.expect_layer();
+        }
         Ok(Self {
             id,
             identity: bytes,
             session,
             stdin,
+            stay,
         })
     }
 
@@ -138,6 +200,8 @@ impl Identified {
             connection,
             session: self.session,
             stdin: self.stdin,
+            stay: self.stay,
+            layer: None,
             id: self.id,
         })
     }
@@ -153,6 +217,10 @@ pub struct Container {
     pub(crate) connection: UnixStream,
     pub(crate) session: Session,
     pub(crate) stdin: bool,
+    /// Whether it is served on after its end.
+    pub(crate) stay: bool,
+    /// Its writable layer, until that is sent.
+    pub(crate) layer: Option<OwnedFd>,
     id: String,
 }
 
@@ -173,6 +241,15 @@ impl Container {
         filters: &ThreadFilters,
     ) -> Result<Self, EngineError> {
         let mut identified = Identified::new(template, options.request())?;
+        let layer = match &options.layer {
+            Some(layer) => Some(
+                layer
+                    .try_clone()
+                    .map_err(EngineError::host("hand over the container's writable layer"))?
+                    .into(),
+            ),
+            None => None,
+        };
         let machine = template.fork(ForkOptions {
             identity: std::mem::take(&mut identified.identity),
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
@@ -184,7 +261,9 @@ impl Container {
             set.populate_written(machine.memory());
         }
         filters.seal()?;
-        identified.run(machine)
+        let mut container = identified.run(machine)?;
+        container.layer = layer;
+        Ok(container)
     }
 
     /// Gives a clone, which was forked without an identity and stands at its freeze point, its identity and lets it run.
@@ -192,13 +271,16 @@ impl Container {
         template: &Template,
         machine: Machine,
         start: Start,
+        layer: Option<OwnedFd>,
     ) -> Result<Self, EngineError> {
         let identified = Identified::new(template, start)?;
         template.write_identity(&machine, &identified.identity)?;
-        identified.run(machine)
+        let mut container = identified.run(machine)?;
+        container.layer = layer;
+        Ok(container)
     }
 
-    /// Its id, 12 hexadecimal digits.
+    /// Its id.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
@@ -246,6 +328,13 @@ impl Container {
             tail: self.machine.console_tail(),
         }
     }
+}
+
+/// A random id of `N` bytes in hexadecimal digits.
+pub(crate) fn random_id<const N: usize>() -> Result<String, EngineError> {
+    let mut id = [0u8; N];
+    fill_random(&mut id)?;
+    Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn fill_random(bytes: &mut [u8]) -> Result<(), EngineError> {

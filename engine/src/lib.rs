@@ -29,8 +29,10 @@ mod pool;
 mod printable;
 mod running;
 mod scheduling;
+mod serve;
 mod session;
 mod store;
+mod streams;
 mod templates;
 mod vmm_process;
 
@@ -47,11 +49,14 @@ pub use images::{
 #[cfg(feature = "registry")]
 pub use images::{PullError, PullOptions, Pulled};
 pub use messages::Parking;
-pub use picovm_guest_protocol::{ContainerExit, StartFailure};
+pub use picovm_guest_protocol::{
+    Change, ChangeKind, ContainerExit, Helper, Limits, PathStatus, ProcessSpec, StartFailure, Task,
+    TerminalSize, Usage,
+};
 pub use picovm_rootfs::image::{Limits as ImageLimits, Progress as ImageProgress};
 pub use pool::{POOL_MAX, Pool, VMM_VARIABLE};
 pub use printable::{printable, printable_lines, printable_text};
-pub use running::RunningContainer;
+pub use running::{News, RunningContainer};
 pub use scheduling::Prompt;
 pub use session::{Event, Session};
 pub use store::Store;

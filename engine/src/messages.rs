@@ -18,7 +18,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use picovm_guest_protocol::{ContainerExit, ContainerSpec};
+use picovm_guest_protocol::{ContainerExit, ContainerSpec, Helper, ProcessSpec, TerminalSize};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
@@ -28,8 +28,8 @@ use serde::{Deserialize, Serialize};
 
 /// Largest message in bytes: as much as `execve(2)` takes of arguments and environment, and some.
 const MESSAGE_MAX: usize = 8 << 20;
-/// Most descriptors with a message: the three standard streams.
-const DESCRIPTORS_MAX: usize = 3;
+/// Most descriptors with a message: the three standard streams and a writable layer.
+const DESCRIPTORS_MAX: usize = 4;
 
 /// How ready a parked clone is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,17 +52,32 @@ pub enum ToServer {
 /// To a VMM process.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToVmm {
-    /// Start this container in the parked clone; with the descriptors of its standard streams.
+    /// Start this container in the parked clone; with the descriptors of its standard streams, and that of its writable layer if
+    /// it brings one.
     Start {
+        /// Its id; a random one if there is none.
+        id: Option<String>,
         /// What to run.
         spec: ContainerSpec,
-        /// Host name; the container's id if there is none.
+        /// Host name; the beginning of the container's id if there is none.
         hostname: Option<String>,
     },
-    /// Deliver this signal to the container.
+    /// Deliver this signal to the container's main process and its group.
     Signal(u8),
-    /// End the clone at once; the container counts as ended by this signal.
+    /// Deliver this signal to a process and its group.
+    SignalProcess(u16, u8),
+    /// End the clone at once; the container counts as ended by this signal, unless it has ended already.
     Kill(u8),
+    /// Begin a process in the container, under a number that no process has; with the descriptors of its standard streams.
+    Exec(u16, ProcessSpec),
+    /// Begin a process of the agent's own, under a number that no process has; with the descriptors of its standard streams.
+    Help(u16, Helper),
+    /// The process's terminal has this size.
+    Resize(u16, TerminalSize),
+    /// Let the clone stand still.
+    Pause,
+    /// Let it go on.
+    Resume,
 }
 
 /// From a VMM process.
@@ -72,6 +87,12 @@ pub enum FromVmm {
     Parked,
     /// The container has ended, and every byte of its output is out.
     Exit(ContainerExit),
+    /// A process other than the main one has ended, and every byte of its output is out. Its number is free.
+    ProcessExit(u16, ContainerExit),
+    /// Memory has run out in the guest, and a process of the container was killed for it. Told once.
+    OutOfMemory,
+    /// The clone stands still, or goes on, as it was told to.
+    Paused(bool),
     /// There is no clone any more, for this reason.
     Failed(String),
 }
@@ -152,10 +173,11 @@ mod tests {
         let (here, there) = UnixStream::pair().unwrap();
         let file = tempfile::tempfile().unwrap();
         let start = ToVmm::Start {
-            spec: ContainerSpec {
+            id: None,
+            spec: ContainerSpec::of(ProcessSpec {
                 args: vec![b"x".repeat(100_000)],
-                ..ContainerSpec::default()
-            },
+                ..ProcessSpec::default()
+            }),
             hostname: Some("box".into()),
         };
         let sender = std::thread::spawn(move || {

@@ -209,9 +209,12 @@ impl Pool {
         }
         let start = options.request();
         let message = ToVmm::Start {
+            id: start.id,
             spec: start.spec,
             hostname: start.hostname,
         };
+        let mut descriptors = streams.to_vec();
+        descriptors.extend(options.layer.as_ref().map(AsFd::as_fd));
         loop {
             if self.waiting.is_empty() {
                 self.refill()?;
@@ -220,7 +223,7 @@ impl Pool {
             let Some(vmm) = self.waiting.pop_front() else {
                 continue;
             };
-            match messages::send(&vmm.socket, &message, &streams) {
+            match messages::send(&vmm.socket, &message, &descriptors) {
                 Ok(()) => return Ok(RunningContainer::of_pool(vmm.socket, self.server.clone())),
                 // A parked clone whose process was killed: the next one will do.
                 Err(error)

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use picovm_guest_protocol::ContainerExit;
+use picovm_guest_protocol::{ContainerExit, Helper, ProcessSpec, TerminalSize};
 use picovm_vmm::Template;
 
 use crate::confinement::{Confinement, Forker, VmmProcess};
@@ -28,6 +28,22 @@ const END_MAX: Duration = Duration::from_secs(5);
 pub struct RunningContainer {
     socket: UnixStream,
     parent: Parent,
+}
+
+/// What there is to tell of a container that runs.
+#[derive(Debug, PartialEq, Eq)]
+pub enum News {
+    /// Its main process has ended, and every byte of its output is out. The clone ends too, unless
+    /// [`ContainerOptions::stay`].
+    Exit(ContainerExit),
+    /// Another process has ended, and every byte of its output is out. Its number is free.
+    ProcessExit(u16, ContainerExit),
+    /// Memory has run out, and the guest has killed a process of the container for it. Told once.
+    OutOfMemory,
+    /// Its clone stands still, or goes on, as it was told to.
+    Paused(bool),
+    /// There is no clone any more, for this reason.
+    Gone(String),
 }
 
 /// Whose child its VMM process is.
@@ -59,6 +75,7 @@ impl RunningContainer {
         let mut keep = vec![theirs.as_fd()];
         keep.extend(streams);
         keep.extend(options.console_log.as_ref().map(AsFd::as_fd));
+        keep.extend(options.layer.as_ref().map(AsFd::as_fd));
         let child = Forker::new(template, confinement)?.fork(template, &keep, |filters| {
             // Its end is how the VMM process notices that nobody is left.
             socket = None;
@@ -103,19 +120,99 @@ impl RunningContainer {
         }
     }
 
+    /// Delivers a signal to one of its processes and that process's group.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if its VMM process has ended.
+    pub fn signal_process(&self, process: u16, signal: u8) -> Result<(), EngineError> {
+        let message = ToVmm::SignalProcess(process, signal);
+        messages::send(&self.socket, &message, &[]).map_err(failed("signal a process of a container"))
+    }
+
+    /// Begins a process in the container. Its standard streams are these descriptors. `process` is a number that no other has, but
+    /// 0 and 65,535; [`News::ProcessExit`] frees it.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if its VMM process has ended.
+    pub fn exec(
+        &self,
+        process: u16,
+        spec: &ProcessSpec,
+        streams: [BorrowedFd<'_>; 3],
+    ) -> Result<(), EngineError> {
+        let message = ToVmm::Exec(process, spec.clone());
+        messages::send(&self.socket, &message, &streams).map_err(failed("begin a process in a container"))
+    }
+
+    /// Has the agent do something, as a process with streams and a number like any other.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if its VMM process has ended.
+    pub fn help(
+        &self,
+        process: u16,
+        helper: &Helper,
+        streams: [BorrowedFd<'_>; 3],
+    ) -> Result<(), EngineError> {
+        let message = ToVmm::Help(process, helper.clone());
+        messages::send(&self.socket, &message, &streams).map_err(failed("ask a container's agent"))
+    }
+
+    /// Tells one of its processes that its terminal has this size. Without effect where it has none.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if its VMM process has ended.
+    pub fn resize(&self, process: u16, size: TerminalSize) -> Result<(), EngineError> {
+        let message = ToVmm::Resize(process, size);
+        messages::send(&self.socket, &message, &[]).map_err(failed("resize a container's terminal"))
+    }
+
+    /// Lets its clone stand still; [`News::Paused`] tells when it does.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if its VMM process has ended.
+    pub fn pause(&self) -> Result<(), EngineError> {
+        messages::send(&self.socket, &ToVmm::Pause, &[]).map_err(failed("pause a container"))
+    }
+
+    /// Lets its clone go on; [`News::Paused`] tells when it does.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] if its VMM process has ended.
+    pub fn resume(&self) -> Result<(), EngineError> {
+        messages::send(&self.socket, &ToVmm::Resume, &[]).map_err(failed("resume a container"))
+    }
+
+    /// Waits for the next thing that there is to tell; after [`News::Gone`] nothing more comes.
+    pub fn news(&mut self) -> News {
+        match messages::receive(&self.socket) {
+            Ok(Some((told, _))) => match told {
+                FromVmm::Exit(exit) => News::Exit(exit),
+                FromVmm::ProcessExit(process, exit) => News::ProcessExit(process, exit),
+                FromVmm::OutOfMemory => News::OutOfMemory,
+                FromVmm::Paused(paused) => News::Paused(paused),
+                FromVmm::Failed(reason) => News::Gone(reason),
+                FromVmm::Parked => News::Gone(self.reap()),
+            },
+            Ok(None) => News::Gone(self.reap()),
+            Err(error) => News::Gone(error.to_string()),
+        }
+    }
+
     /// Waits until the container has ended and every byte of its output is out.
     ///
     /// # Errors
     /// [`EngineError::Vmm`] if its clone ended before it told how the container did.
     pub fn wait(mut self) -> Result<ContainerExit, EngineError> {
-        let told = messages::receive(&self.socket);
-        let ended = self.reap();
-        match told {
-            Ok(Some((FromVmm::Exit(exit), _))) => Ok(exit),
-            Ok(Some((FromVmm::Failed(reason), _))) => Err(EngineError::Vmm(reason)),
-            Ok(Some((FromVmm::Parked, _)) | None) => Err(EngineError::Vmm(ended)),
-            Err(error) => Err(EngineError::Vmm(error.to_string())),
-        }
+        let told = loop {
+            match self.news() {
+                News::Exit(exit) => break Ok(exit),
+                News::Gone(reason) => break Err(EngineError::Vmm(reason)),
+                News::ProcessExit(..) | News::OutOfMemory | News::Paused(_) => {}
+            }
+        };
+        self.reap();
+        told
     }
 
     /// Waits for the end of a VMM process that is a child; tells how it ended.
@@ -145,7 +242,7 @@ impl Drop for RunningContainer {
 }
 
 impl AsFd for RunningContainer {
-    /// Readable when the container has ended.
+    /// Readable when there is something to tell: [`RunningContainer::news`] then does not wait.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }

@@ -245,7 +245,7 @@ fn try_a_start(template: &Template) -> Result<WorkingSet, EngineError> {
     let machine = template.fork(ForkOptions::default())?;
     machine.watch_working_set();
     let command = ContainerOptions::command(["sh", "-c", "echo"]);
-    let mut container = Container::start_parked(template, machine, command.request())?;
+    let mut container = Container::start_parked(template, machine, command.request(), None)?;
     let stdio = Stdio {
         stdin: null.as_fd(),
         stdout: null.as_fd(),
@@ -253,7 +253,7 @@ fn try_a_start(template: &Template) -> Result<WorkingSet, EngineError> {
         wake: None,
         deadline: Instant::now().checked_add(TRY_MAX),
     };
-    container.serve(stdio, &mut |_| Some(Interruption::Kill(9)))?;
+    container.serve_stdio(stdio, &mut |_| Some(Interruption::Kill(9)))?;
     container.machine().working_set().map_err(failed)
 }
 

@@ -10,15 +10,18 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
+use picovm_guest_protocol::frame::MAIN;
 use picovm_vmm::{ForkOptions, Template};
 use rustix::event::{PollFd, PollFlags, poll};
 
-use crate::attach::{Interruption, Stdio};
+use crate::attach::Wake;
 use crate::confinement::{Confinement, Forker, ThreadFilters, VmmProcess};
 use crate::container::{Container, ContainerOptions, Start};
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 use crate::scheduling::{self, Batch};
+use crate::serve::{Command, Director, News, Service};
+use crate::streams::{Channel, Descriptor};
 
 /// Serves a pool of one template: forks a VMM process whenever the pool asks for one, until the pool closes `control`; then it
 /// waits for the last of them.
@@ -127,7 +130,7 @@ pub(crate) fn run_at_once(
     filters: &ThreadFilters,
 ) {
     let ended = Container::start_confined(template, options, filters)
-        .and_then(|container| serve_streams(container, streams, socket));
+        .and_then(|container| serve_streams(container, streams.map(Descriptor::Borrowed), socket));
     tell_failure(socket, ended);
 }
 
@@ -160,45 +163,84 @@ fn park_and_run(
     messages::send(socket, &FromVmm::Parked, &[]).map_err(failed("tell the pool of a parked clone"))?;
 
     let start = messages::receive(socket).map_err(failed("receive what to run"))?;
-    let Some((ToVmm::Start { spec, hostname }, descriptors)) = start else {
+    let Some((ToVmm::Start { id, spec, hostname }, mut descriptors)) = start else {
         return Ok(());
     };
-    let Ok([stdin, stdout, stderr]) = <[OwnedFd; 3]>::try_from(descriptors) else {
+    let layer = descriptors.get(3).is_some().then(|| descriptors.pop()).flatten();
+    let Ok(streams) = <[OwnedFd; 3]>::try_from(descriptors) else {
         let error = io::ErrorKind::InvalidData.into();
         return Err(failed("take the container's standard streams")(error));
     };
     if let (Parking::Bare, Some(set)) = (parking, template.working_set()) {
         set.populate_written(machine.memory());
     }
-    let container = Container::start_parked(template, machine, Start { spec, hostname })?;
-    serve_streams(container, [stdin, stdout, stderr], socket)
+    let container = Container::start_parked(template, machine, Start { id, spec, hostname }, layer)?;
+    serve_streams(container, streams.map(Descriptor::Owned), socket)
 }
 
-/// Connects a container's streams, and tells when it has ended. The streams end with it, if they are owned: they must not stay
-/// open while the clone is torn down, which takes longer than all the rest.
-fn serve_streams<S: AsFd>(
+/// Serves a container for who is at the other end of the socket, and tells when it has ended. The streams end with it, if they are
+/// owned: they must not stay open while the clone is torn down, which takes longer than all the rest.
+fn serve_streams(
     mut container: Container,
-    streams: [S; 3],
+    [stdin, stdout, stderr]: [Descriptor<'_>; 3],
     socket: &UnixStream,
 ) -> Result<(), EngineError> {
-    let [stdin, stdout, stderr] = &streams;
-    let stdio = Stdio {
-        stdin: stdin.as_fd(),
-        stdout: stdout.as_fd(),
-        stderr: stderr.as_fd(),
-        wake: Some(socket.as_fd()),
+    let service = Service {
+        main: Channel::new(MAIN, Some(stdin).filter(|_| container.stdin), stdout, stderr),
+        layer: container.layer.take(),
+        wake: Some(Descriptor::Borrowed(socket.as_fd())),
         deadline: None,
     };
-    let exit = container.serve(stdio, &mut |_| {
-        Some(match messages::receive::<ToVmm>(socket) {
-            Ok(Some((ToVmm::Signal(signal), _))) => Interruption::Signal(signal),
-            Ok(Some((ToVmm::Kill(signal), _))) => Interruption::Kill(signal),
-            // Nobody is left who could want the container, or who can be understood.
-            Ok(Some((ToVmm::Start { .. }, _)) | None) | Err(_) => Interruption::Kill(9),
-        })
-    })?;
-    drop(streams);
+    let exit = container.serve(service, &mut Owner(socket))?;
     let _ = messages::send(socket, &FromVmm::Exit(exit), &[]);
     scheduling::give_way();
     Ok(())
+}
+
+/// Who has the container is at the other end of a socket.
+struct Owner<'socket>(&'socket UnixStream);
+
+impl Director for Owner<'_> {
+    fn wake(&mut self, _: Wake) -> Option<Command> {
+        // Nobody is left who could want the container, or who can be understood.
+        let over = Command::Kill(9);
+        let (message, descriptors) = match messages::receive::<ToVmm>(self.0) {
+            Ok(Some(received)) => received,
+            Ok(None) | Err(_) => return Some(over),
+        };
+        let streams = <[OwnedFd; 3]>::try_from(descriptors);
+        Some(match (message, streams) {
+            (ToVmm::Signal(signal), _) => Command::Signal {
+                process: MAIN,
+                signal,
+            },
+            (ToVmm::SignalProcess(process, signal), _) => Command::Signal { process, signal },
+            (ToVmm::Kill(signal), _) => Command::Kill(signal),
+            (ToVmm::Exec(process, spec), Ok(streams)) => Command::Exec {
+                process,
+                spec,
+                streams,
+            },
+            (ToVmm::Help(process, helper), Ok(streams)) => Command::Help {
+                process,
+                helper,
+                streams,
+            },
+            (ToVmm::Resize(process, size), _) => Command::Resize { process, size },
+            (ToVmm::Pause, _) => Command::Pause,
+            (ToVmm::Resume, _) => Command::Resume,
+            (ToVmm::Start { .. } | ToVmm::Exec(..) | ToVmm::Help(..), _) => over,
+        })
+    }
+
+    fn news(&mut self, news: News) {
+        let message = match news {
+            News::Exit(MAIN, exit) => FromVmm::Exit(exit),
+            News::Exit(process, exit) => FromVmm::ProcessExit(process, exit),
+            News::OutOfMemory => FromVmm::OutOfMemory,
+            News::Paused(paused) => FromVmm::Paused(paused),
+        };
+        // Who does not listen any more does not need to know.
+        let _ = messages::send(self.0, &message, &[]);
+    }
 }
