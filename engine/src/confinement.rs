@@ -15,10 +15,13 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, pidfd_send_signal, waitid,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::EngineError;
 
 /// What stands between a VMM process and the host, beside the wall of its VM.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Confinement {
     /// A jail: own ids, namespaces, an empty root, a cgroup, no capabilities, and a list of system calls for each thread.
     #[default]

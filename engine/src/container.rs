@@ -56,6 +56,8 @@ pub struct ContainerOptions {
     pub layer: Option<File>,
     /// Whether the clone outlives the container's main process, to be asked for the writable layer.
     pub stay: bool,
+    /// Whether [`News::Started`](crate::News::Started) is to tell that its program runs.
+    pub announce: bool,
     /// Whether the clone shares no page with others of its template: see [`ForkOptions::isolate_memory`]. Only a container that is
     /// started cold can.
     pub isolate_memory: bool,
@@ -114,6 +116,7 @@ impl ContainerOptions {
                 .collect(),
             layer: self.layer.is_some(),
             stay: self.stay,
+            announce: self.announce,
         }
     }
 }
@@ -138,6 +141,7 @@ struct Identified {
     session: Session,
     stdin: bool,
     stay: bool,
+    announce: bool,
 }
 
 impl Identified {
@@ -149,6 +153,7 @@ impl Identified {
             None => random_id::<6>()?,
         };
         let (stdin, stay) = (start.spec.process.stdin, start.spec.stay);
+        let announce = start.spec.announce;
         let has_layer = start.spec.layer;
         let mut identity = Identity {
             hostname: start
@@ -182,6 +187,7 @@ impl Identified {
             session,
             stdin,
             stay,
+            announce,
         })
     }
 
@@ -201,6 +207,7 @@ impl Identified {
             session: self.session,
             stdin: self.stdin,
             stay: self.stay,
+            announce: self.announce,
             layer: None,
             id: self.id,
         })
@@ -219,6 +226,8 @@ pub struct Container {
     pub(crate) stdin: bool,
     /// Whether it is served on after its end.
     pub(crate) stay: bool,
+    /// Whether it is still to be told that its program runs.
+    pub(crate) announce: bool,
     /// Its writable layer, until that is sent.
     pub(crate) layer: Option<OwnedFd>,
     id: String,

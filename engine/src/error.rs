@@ -106,6 +106,70 @@ pub enum EngineError {
         /// Its last console output.
         tail: String,
     },
+    /// A record of a container is not what was written.
+    #[error("the container's record {} cannot be read: {reason}. Remove its directory", path.display())]
+    ContainerRecord {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Not a name for a container.
+    #[error(
+        "{name:?} is not a name for a container: names are 2 to 128 of a-z, A-Z, 0-9, `_`, `.`, `-`, and begin with a letter or \
+         digit"
+    )]
+    ContainerName {
+        /// What was given.
+        name: String,
+    },
+    /// No such container.
+    #[error("there is no container {name}. `picovm ps -a` lists those that there are")]
+    NoContainer {
+        /// What was given.
+        name: String,
+    },
+    /// More than one container.
+    #[error("{name} begins the id of more than one container: give more of it")]
+    AmbiguousContainer {
+        /// What was given.
+        name: String,
+    },
+    /// Another container has the name.
+    #[error("the name {name} is that of container {id}: remove or rename that one, or take another name")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// The other container's id.
+        id: String,
+    },
+    /// It takes a container that runs.
+    #[error("container {name} is not running: `picovm start {name}` starts it")]
+    NotRunning {
+        /// The container.
+        name: String,
+    },
+    /// It takes one that does not.
+    #[error("container {name} is running: stop it first, or {instead}")]
+    StillRunning {
+        /// The container.
+        name: String,
+        /// What else helps.
+        instead: &'static str,
+    },
+    /// A container's monitor does not do what it was asked for.
+    #[error("{0}")]
+    Refused(String),
+    /// The agent could not do what it was asked for.
+    #[error("cannot {attempted} of container {name}: {reason}")]
+    Agent {
+        /// What was asked for.
+        attempted: &'static str,
+        /// The container.
+        name: String,
+        /// What the agent said.
+        reason: String,
+    },
     /// A size that no pool can have.
     #[error("a pool of {0} clones cannot be made: 1 to {max} are possible", max = crate::pool::POOL_MAX)]
     PoolSize(usize),

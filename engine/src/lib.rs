@@ -16,6 +16,7 @@
 mod attach;
 mod confinement;
 mod container;
+pub mod containers;
 mod density;
 mod error;
 pub mod figures;

@@ -91,6 +91,8 @@ pub enum FromVmm {
     ProcessExit(u16, ContainerExit),
     /// Memory has run out in the guest, and a process of the container was killed for it. Told once.
     OutOfMemory,
+    /// The container's program runs. Only if it was asked to tell so.
+    Started,
     /// The clone stands still, or goes on, as it was told to.
     Paused(bool),
     /// There is no clone any more, for this reason.

@@ -40,6 +40,8 @@ pub enum News {
     ProcessExit(u16, ContainerExit),
     /// Memory has run out, and the guest has killed a process of the container for it. Told once.
     OutOfMemory,
+    /// Its program runs. Only with [`ContainerOptions::announce`].
+    Started,
     /// Its clone stands still, or goes on, as it was told to.
     Paused(bool),
     /// There is no clone any more, for this reason.
@@ -190,6 +192,7 @@ impl RunningContainer {
                 FromVmm::Exit(exit) => News::Exit(exit),
                 FromVmm::ProcessExit(process, exit) => News::ProcessExit(process, exit),
                 FromVmm::OutOfMemory => News::OutOfMemory,
+                FromVmm::Started => News::Started,
                 FromVmm::Paused(paused) => News::Paused(paused),
                 FromVmm::Failed(reason) => News::Gone(reason),
                 FromVmm::Parked => News::Gone(self.reap()),
@@ -208,7 +211,7 @@ impl RunningContainer {
             match self.news() {
                 News::Exit(exit) => break Ok(exit),
                 News::Gone(reason) => break Err(EngineError::Vmm(reason)),
-                News::ProcessExit(..) | News::OutOfMemory | News::Paused(_) => {}
+                News::ProcessExit(..) | News::OutOfMemory | News::Started | News::Paused(_) => {}
             }
         };
         self.reap();

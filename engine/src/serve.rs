@@ -50,6 +50,8 @@ pub(crate) enum News {
     Exit(u16, ContainerExit),
     /// Memory has run out, and the guest has killed a process of the container.
     OutOfMemory,
+    /// The main process's program runs.
+    Started,
     /// The machine stands still, or goes on, as it was told to.
     Paused(bool),
 }
@@ -258,6 +260,12 @@ impl Container {
                 Event::Exit(process, how) => {
                     if let Some(channel) = channels.iter_mut().find(|channel| channel.process == process) {
                         channel.exit = Some(how);
+                    }
+                }
+                Event::Started => {
+                    // Once, whatever the guest says.
+                    if std::mem::take(&mut self.announce) {
+                        director.news(News::Started);
                     }
                 }
                 Event::OutOfMemory => {

@@ -31,6 +31,8 @@ pub enum Event {
     Exit(u16, ContainerExit),
     /// Memory has run out, and the guest has killed a process of the container.
     OutOfMemory,
+    /// The main process's program runs.
+    Started,
 }
 
 /// Once so many bytes wait for an agent that does not read, nothing is added of what it can bring about itself: the answers
@@ -149,6 +151,7 @@ impl Session {
                     return Ok(Some(Event::Exit(process, exit)));
                 }
                 Frame::OutOfMemory if process == MAIN => return Ok(Some(Event::OutOfMemory)),
+                Frame::Started if process == MAIN => return Ok(Some(Event::Started)),
                 // The end of a stream before the process's says nothing to the host.
                 Frame::Close(Stream::Stdout | Stream::Stderr) => {}
                 _ => return Err(wrong().into()),

@@ -8,6 +8,9 @@
 //! images/.unpack-lock       held while one is unpacked
 //! templates/KEY/            one template each
 //! templates/KEY.lock        held while it is built
+//! containers/ID/            one container each: see `containers`
+//! containers/.lock          held while a container gets its name
+//! containers/events.json    what has happened to containers
 //! ```
 //!
 //! State changes by write-new-then-rename: a crash at any instant leaves a store that opens.
@@ -92,6 +95,10 @@ impl Store {
         self.root.join("images/names/.lock")
     }
 
+    pub(crate) fn containers_directory(&self) -> PathBuf {
+        self.root.join("containers")
+    }
+
     pub(crate) fn templates_directory(&self) -> PathBuf {
         self.root.join("templates")
     }
@@ -121,6 +128,18 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), EngineEr
         file.as_file().sync_all()?;
         file.persist(path)?;
         File::open(directory)?.sync_all()
+    };
+    write().map_err(EngineError::store("write", path))
+}
+
+/// Writes a small file as a whole or not at all, without waiting until it is on the disk: for what a power failure may take back.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), EngineError> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let write = || -> std::io::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        file.write_all(bytes)?;
+        file.persist(path)?;
+        Ok(())
     };
     write().map_err(EngineError::store("write", path))
 }
@@ -173,6 +192,16 @@ impl Lock {
     pub(crate) fn try_take(path: &Path) -> Result<Option<Self>, EngineError> {
         let file = Self::open(path)?;
         match file.try_lock() {
+            Ok(()) => Ok(Some(Self { _file: file })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(EngineError::store("lock", path)(error)),
+        }
+    }
+
+    /// Shares the lock if nobody has it for itself.
+    pub(crate) fn try_share(path: &Path) -> Result<Option<Self>, EngineError> {
+        let file = Self::open(path)?;
+        match file.try_lock_shared() {
             Ok(()) => Ok(Some(Self { _file: file })),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(EngineError::store("lock", path)(error)),

@@ -35,7 +35,7 @@ pub(crate) struct Sink<'fd> {
 }
 
 impl<'fd> Sink<'fd> {
-    fn new(stream: Stream, fd: Descriptor<'fd>) -> Self {
+    pub(crate) fn new(stream: Stream, fd: Descriptor<'fd>) -> Self {
         Self {
             stream,
             fd,
@@ -49,12 +49,27 @@ impl<'fd> Sink<'fd> {
         !self.waiting.is_empty()
     }
 
+    /// Which output it is.
+    pub(crate) fn stream(&self) -> Stream {
+        self.stream
+    }
+
+    /// Bytes that wait for the descriptor to take them.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Adds bytes.
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
+        self.waiting.extend_from_slice(bytes);
+    }
+
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
     /// Writes what the descriptor takes without blocking; returns the bytes that went.
-    fn write(&mut self) -> io::Result<usize> {
+    pub(crate) fn write(&mut self) -> io::Result<usize> {
         let mut done = 0;
         while done < self.waiting.len() {
             // The descriptor is shared with others and so must stay blocking: write only what it says it takes.

@@ -238,6 +238,7 @@ impl Director for Owner<'_> {
             News::Exit(MAIN, exit) => FromVmm::Exit(exit),
             News::Exit(process, exit) => FromVmm::ProcessExit(process, exit),
             News::OutOfMemory => FromVmm::OutOfMemory,
+            News::Started => FromVmm::Started,
             News::Paused(paused) => FromVmm::Paused(paused),
         };
         // Who does not listen any more does not need to know.

@@ -117,6 +117,8 @@ pub enum Frame {
     /// Guest to host, about the main process, before its exit: memory has run out, and the kernel has killed a process of the
     /// container for it.
     OutOfMemory,
+    /// Guest to host, of the main process: its program runs. Only if [`ContainerSpec::announce`].
+    Started,
 }
 
 /// Why bytes are not a frame. The connection is of no use after such an error.
@@ -149,6 +151,7 @@ const EXEC: u8 = 13;
 const HELP: u8 = 14;
 const RESIZE: u8 = 15;
 const OUT_OF_MEMORY: u8 = 16;
+const STARTED: u8 = 17;
 
 /// The kind of a frame about a stream: `first` is that of standard input, the others follow.
 fn kind_for(first: u8, stream: Stream) -> u8 {
@@ -184,6 +187,7 @@ impl Frame {
             Self::Help(helper) => put_value(HELP, process, helper, out),
             Self::Resize(size) => put_value(RESIZE, process, size, out),
             Self::OutOfMemory => put(OUT_OF_MEMORY, process, &[], out),
+            Self::Started => put(STARTED, process, &[], out),
         }
     }
 
@@ -206,7 +210,8 @@ impl Frame {
             HELP => value(kind, payload).map(Self::Help),
             RESIZE => value(kind, payload).map(Self::Resize),
             OUT_OF_MEMORY if payload.is_empty() => Ok(Self::OutOfMemory),
-            CLOSE..CREDIT | OUT_OF_MEMORY => Err(malformed),
+            STARTED if payload.is_empty() => Ok(Self::Started),
+            CLOSE..CREDIT | OUT_OF_MEMORY | STARTED => Err(malformed),
             _ => Err(FrameError::Kind(kind)),
         }
     }
@@ -294,7 +299,7 @@ impl FrameDecoder {
             return Ok(None);
         };
         let [kind, reserved, p0, p1, length @ ..] = *header;
-        if !(SPEC..=OUT_OF_MEMORY).contains(&kind) {
+        if !(SPEC..=STARTED).contains(&kind) {
             return Err(FrameError::Kind(kind));
         }
         if reserved != 0 {
@@ -353,6 +358,7 @@ mod tests {
             Just(Frame::Help(Helper::Changes)),
             size.prop_map(Frame::Resize),
             Just(Frame::OutOfMemory),
+            Just(Frame::Started),
         ];
         (any::<u16>(), frame)
     }

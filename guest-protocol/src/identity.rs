@@ -48,6 +48,8 @@ pub struct ContainerSpec {
     /// Whether the agent goes on when the main process has ended, for the host to ask for the writable layer. If not, it powers
     /// the machine off after the exit status.
     pub stay: bool,
+    /// Whether the agent says when the main process's program runs ([`Frame::Started`](crate::Frame::Started)).
+    pub announce: bool,
 }
 
 impl ContainerSpec {

@@ -1,0 +1,515 @@
+//! One turn of a monitor: wait for what it watches, and move what can be moved.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use picovm_guest_protocol::{ContainerExit, Helper, Stream};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use super::super::client::{null, reason};
+use super::super::protocol::FromMonitor;
+use super::super::record::Status;
+use super::peers::{Peer, Role};
+use super::{Monitor, Purpose, Running, Saving};
+use crate::error::EngineError;
+use crate::running::News;
+use crate::streams::Sink;
+
+/// Bytes that wait for who has attached, from which on nothing more is read of the container.
+const BACKLOG: usize = 64 << 10;
+/// Bytes that are moved at once.
+const CHUNK: usize = 64 << 10;
+/// How long saving the writable layer may stand still.
+const SAVE_STALL: Duration = Duration::from_secs(20);
+/// How large a writable layer may become, in sizes of the machine's memory: in that it lies, but for what archives add.
+const LAYER_MAX: u64 = 2;
+
+/// What is ready.
+#[derive(Clone, Copy)]
+enum Ready {
+    Listener,
+    Peer(u64),
+    Input(u64),
+    Sink(u64),
+    Vmm,
+    Output(usize),
+    Feed,
+    Saving,
+    Check,
+}
+
+impl Monitor<'_> {
+    /// Waits until something is ready, or until then, and deals with it.
+    pub(super) fn turn(&mut self, until: Option<Instant>) {
+        let (tokens, mut fds) = self.sources();
+        let timeout = until.map(|until| {
+            let left = until.saturating_duration_since(Instant::now());
+            Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(left.subsec_nanos()),
+            }
+        });
+        if poll(&mut fds, timeout.as_ref()).is_err() {
+            return;
+        }
+        let ready: Vec<Ready> = tokens
+            .into_iter()
+            .zip(&fds)
+            .filter(|(_, fd)| !fd.revents().is_empty())
+            .map(|(token, _)| token)
+            .collect();
+        drop(fds);
+        // From the last to the first: what an index stands for does not change before its turn.
+        for token in ready.into_iter().rev() {
+            match token {
+                Ready::Listener => self.accept(),
+                Ready::Peer(id) => self.hear(id),
+                Ready::Input(id) => self.take_input(id),
+                Ready::Sink(id) => {
+                    let works = self
+                        .peers
+                        .iter_mut()
+                        .find(|peer| peer.id == id)
+                        .is_none_or(Peer::write);
+                    if !works {
+                        self.reader_has_left(id);
+                    }
+                }
+                Ready::Vmm => self.take_news(),
+                Ready::Output(index) => self.take_output(index),
+                Ready::Feed => self.write_feed(),
+                Ready::Saving => self.take_layer(),
+                Ready::Check => self.take_check_output(),
+            }
+        }
+    }
+
+    fn sources(&self) -> (Vec<Ready>, Vec<PollFd<'_>>) {
+        let mut tokens = Vec::with_capacity(8);
+        let mut fds = Vec::with_capacity(8);
+        if let Some(listener) = &self.listener {
+            tokens.push(Ready::Listener);
+            fds.push(PollFd::new(listener, PollFlags::IN));
+        }
+        let feed = self.running.as_ref().and_then(|running| running.feed.as_ref());
+        let takes_input = feed.is_some_and(|feed| feed.waiting() < BACKLOG);
+        let mut backlog = 0;
+        for peer in &self.peers {
+            tokens.push(Ready::Peer(peer.id));
+            fds.push(PollFd::new(&peer.socket, PollFlags::IN));
+            if let Some(stdin) = peer.stdin().filter(|_| takes_input) {
+                tokens.push(Ready::Input(peer.id));
+                fds.push(PollFd::from_borrowed_fd(stdin, PollFlags::IN));
+            }
+            for sink in peer.sinks().iter().filter(|sink| sink.waits()) {
+                tokens.push(Ready::Sink(peer.id));
+                fds.push(PollFd::from_borrowed_fd(sink.fd(), PollFlags::OUT));
+            }
+            backlog = backlog.max(peer.backlog());
+        }
+        let Some(running) = &self.running else {
+            return (tokens, fds);
+        };
+        if running.gone.is_none() {
+            tokens.push(Ready::Vmm);
+            fds.push(PollFd::new(&running.vmm, PollFlags::IN));
+        }
+        // Nobody's output is thrown away, and none of it fills this process's memory: the container waits for a slow reader.
+        if backlog < BACKLOG || running.gone.is_some() {
+            for (index, (_, fd)) in running.outputs.iter().enumerate() {
+                tokens.push(Ready::Output(index));
+                fds.push(PollFd::new(fd, PollFlags::IN));
+            }
+        }
+        if let Some(feed) = running.feed.as_ref().filter(|feed| feed.waits()) {
+            tokens.push(Ready::Feed);
+            fds.push(PollFd::from_borrowed_fd(feed.fd(), PollFlags::OUT));
+        }
+        if let Some(from) = running.saving.as_ref().and_then(|saving| saving.from.as_ref()) {
+            tokens.push(Ready::Saving);
+            fds.push(PollFd::new(from, PollFlags::IN));
+        }
+        let check = running.checks.as_ref().and_then(|checks| checks.current.as_ref());
+        if let Some(output) = check.and_then(|check| check.output.as_ref()) {
+            tokens.push(Ready::Check);
+            fds.push(PollFd::new(output, PollFlags::IN));
+        }
+        (tokens, fds)
+    }
+
+    fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        // A client that has gone again is no error of this process.
+        if let Ok((socket, _)) = listener.accept() {
+            self.peers.push(Peer::new(self.next_peer, socket, false));
+            self.next_peer = self.next_peer.wrapping_add(1);
+        }
+    }
+
+    /// Who has started the container does not read an output of it any more: its next write fails, as it would without a VM in
+    /// between. Others only see what comes while they look.
+    fn reader_has_left(&mut self, id: u64) {
+        let Some(peer) = self.peers.iter().find(|peer| peer.id == id && peer.starter) else {
+            return;
+        };
+        let left: Vec<Stream> = peer.sinks().iter().map(Sink::stream).collect();
+        let others = self
+            .peers
+            .iter()
+            .any(|peer| peer.id != id && !peer.sinks().is_empty());
+        if let Some(running) = self.running.as_mut().filter(|_| !others) {
+            running.outputs.retain(|(stream, _)| left.contains(stream));
+        }
+    }
+
+    /// Moves output into the log and to those who have attached.
+    fn take_output(&mut self, index: usize) {
+        let Some(running) = &mut self.running else { return };
+        let Some((stream, fd)) = running.outputs.get(index) else {
+            return;
+        };
+        let stream = *stream;
+        let mut bytes = Vec::with_capacity(CHUNK);
+        match rustix::io::read(fd, rustix::buffer::spare_capacity(&mut bytes)) {
+            Ok(count) if count > 0 => {}
+            Err(Errno::INTR | Errno::AGAIN) => return,
+            Ok(_) | Err(_) => {
+                running.outputs.remove(index);
+                return;
+            }
+        }
+        if let Err(error) = self.log.write(stream, &bytes) {
+            self.record.state.error = format!("its log is not whole: {error}");
+        }
+        let mut left = Vec::new();
+        for peer in &mut self.peers {
+            if !peer.give(stream, &bytes) {
+                left.push(peer.id);
+            }
+        }
+        for id in left {
+            self.reader_has_left(id);
+        }
+    }
+
+    /// Takes standard input of who has attached.
+    fn take_input(&mut self, id: u64) {
+        let Some(feed) = self.running.as_mut().and_then(|running| running.feed.as_mut()) else {
+            return;
+        };
+        let Some(peer) = self.peers.iter_mut().find(|peer| peer.id == id) else {
+            return;
+        };
+        let Some(stdin) = peer.stdin() else { return };
+        let mut bytes = Vec::with_capacity(CHUNK);
+        match rustix::io::read(stdin, rustix::buffer::spare_capacity(&mut bytes)) {
+            Ok(count) if count > 0 => feed.push(&bytes),
+            Err(Errno::INTR | Errno::AGAIN) => return,
+            // An input that cannot be read has ended, as for a program that reads it itself.
+            Ok(_) | Err(_) => {
+                peer.end_stdin();
+                // That of the container ends with that of who has started it; another may come and go.
+                if peer.starter
+                    && let Some(running) = &mut self.running
+                {
+                    running.feed_ends = true;
+                }
+            }
+        }
+        self.write_feed();
+    }
+
+    fn write_feed(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        let Some(feed) = &mut running.feed else { return };
+        if feed.write().is_err() || running.feed_ends && !feed.waits() {
+            running.feed = None;
+        }
+    }
+
+    fn take_news(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        match running.vmm.news() {
+            News::Exit(exit) => {
+                running.exit = Some(exit);
+                running.feed = None;
+                if !self.record.config.auto_remove {
+                    self.begin_saving();
+                }
+            }
+            News::ProcessExit(process, exit) => self.process_ended(process, exit),
+            News::OutOfMemory => {
+                self.change(|state| state.oom_killed = true);
+                self.containers.tell(&self.record, "oom", &[]);
+            }
+            News::Started => {
+                for peer in self.peers.iter().filter(|peer| peer.starter) {
+                    peer.tell(&FromMonitor::Started);
+                }
+            }
+            News::Paused(paused) => {
+                let asked = running.pausing.take();
+                self.change(|state| {
+                    state.status = if paused { Status::Paused } else { Status::Running };
+                });
+                let action = if paused { "pause" } else { "unpause" };
+                self.containers.tell(&self.record, action, &[]);
+                if let Some(peer) = asked.and_then(|id| self.peers.iter().find(|peer| peer.id == id)) {
+                    peer.tell(&FromMonitor::Done);
+                }
+            }
+            News::Gone(reason) => {
+                running.gone = Some(reason);
+                running.feed = None;
+                if running.saving.is_some() {
+                    self.end_saving(Err("the clone has ended".into()));
+                }
+            }
+        }
+    }
+
+    fn process_ended(&mut self, process: u16, exit: ContainerExit) {
+        let Some(running) = &mut self.running else { return };
+        match running.processes.remove(&process) {
+            Some(Purpose::Peer(id)) => {
+                if let Some(peer) = self.peers.iter_mut().find(|peer| peer.id == id) {
+                    let code = exit.shell_status().to_string();
+                    peer.tell(&FromMonitor::Exited(exit));
+                    peer.role = Role::New;
+                    self.containers
+                        .tell(&self.record, "exec_die", &[("exitCode", code)]);
+                }
+            }
+            Some(Purpose::Check) => self.end_check(&exit),
+            Some(Purpose::Save) => {
+                if let Some(saving) = &mut running.saving {
+                    saving.ended = Some(exit);
+                }
+                self.settle_saving();
+            }
+            None => {}
+        }
+    }
+
+    /// A number for a process.
+    pub(super) fn free_number(running: &mut Running) -> Option<u16> {
+        // 0 is the main process, the last is its layer.
+        for _ in 0..u16::MAX {
+            let number = running.next_process;
+            running.next_process = number.checked_add(1).filter(|next| *next < u16::MAX).unwrap_or(1);
+            if !running.processes.contains_key(&number) {
+                return Some(number);
+            }
+        }
+        None
+    }
+
+    /// Begins to save what the container has changed of its files.
+    fn begin_saving(&mut self) {
+        if let Err(error) = self.try_to_save() {
+            self.note_unsaved(&error.to_string());
+        }
+    }
+
+    fn try_to_save(&mut self) -> Result<(), EngineError> {
+        let Some(running) = &mut self.running else {
+            return Ok(());
+        };
+        if matches!(running.exit, Some(ContainerExit::NotStarted(_))) && !self.record.layer().exists() {
+            // Nothing of it ran.
+            let _ = running.vmm.kill(super::KILL);
+            return Ok(());
+        }
+        let failed = EngineError::host("make a pipe");
+        let (from, to) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
+        let file = tempfile::NamedTempFile::new_in(&self.record.directory)
+            .map_err(EngineError::store("write in", &self.record.directory))?;
+        let null = null()?;
+        let process = Self::free_number(running)
+            .ok_or_else(|| EngineError::Refused("its container has too many processes".into()))?;
+        running.vmm.help(
+            process,
+            &Helper::SaveLayer,
+            [null.as_fd(), to.as_fd(), null.as_fd()],
+        )?;
+        running.processes.insert(process, Purpose::Save);
+        running.saving = Some(Saving {
+            from: Some(from),
+            file,
+            size: 0,
+            is_empty: true,
+            stalled_at: Instant::now() + SAVE_STALL,
+            ended: None,
+        });
+        Ok(())
+    }
+
+    fn take_layer(&mut self) {
+        let limit = (self.record.config.memory_mib << 20).saturating_mul(LAYER_MAX);
+        let Some(saving) = self.running.as_mut().and_then(|running| running.saving.as_mut()) else {
+            return;
+        };
+        let Some(from) = &saving.from else { return };
+        let mut bytes = Vec::with_capacity(CHUNK);
+        match rustix::io::read(from, rustix::buffer::spare_capacity(&mut bytes)) {
+            Ok(count) if count > 0 => {}
+            Err(Errno::INTR | Errno::AGAIN) => return,
+            Ok(_) | Err(_) => {
+                saving.from = None;
+                self.settle_saving();
+                return;
+            }
+        }
+        saving.stalled_at = Instant::now() + SAVE_STALL;
+        saving.size = saving.size.saturating_add(bytes.len() as u64);
+        saving.is_empty &= bytes.iter().all(|&byte| byte == 0);
+        let written = match saving.size > limit {
+            true => Err(io::Error::other("it is larger than the container's memory")),
+            false => io::Write::write_all(saving.file.as_file_mut(), &bytes),
+        };
+        if let Err(error) = written {
+            self.end_saving(Err(error.to_string()));
+        }
+    }
+
+    /// Ends saving if all has come.
+    fn settle_saving(&mut self) {
+        let Some(saving) = self.running.as_ref().and_then(|running| running.saving.as_ref()) else {
+            return;
+        };
+        if saving.from.is_some() {
+            return;
+        }
+        match &saving.ended {
+            Some(ContainerExit::Code(0)) => self.end_saving(Ok(())),
+            Some(exit) => {
+                let why = reason(exit, &[]);
+                self.end_saving(Err(why));
+            }
+            None => {}
+        }
+    }
+
+    /// Puts the layer into its place, unless something went wrong; then the container keeps what it had before it was started.
+    pub(super) fn end_saving(&mut self, result: Result<(), String>) {
+        let Some(running) = &mut self.running else { return };
+        let Some(saving) = running.saving.take() else {
+            return;
+        };
+        // The clone has done what it was kept for.
+        let _ = running.vmm.kill(super::KILL);
+        let layer = self.record.layer();
+        let placed = result.and_then(|()| {
+            if saving.is_empty {
+                return match std::fs::remove_file(&layer) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.to_string()),
+                    _ => Ok(()),
+                };
+            }
+            saving
+                .file
+                .persist(&layer)
+                .map(drop)
+                .map_err(|error| error.error.to_string())
+        });
+        if let Err(why) = placed {
+            self.note_unsaved(&why);
+        }
+    }
+
+    fn note_unsaved(&mut self, why: &str) {
+        self.record.state.error = format!("what it has written to its files is lost: {why}");
+        if let Some(running) = &mut self.running {
+            let _ = running.vmm.kill(super::KILL);
+        }
+    }
+
+    /// Begins a health check that is due, ends one that takes too long.
+    pub(super) fn check_health(&mut self, now: Instant) {
+        let paused = self.record.state.status == Status::Paused;
+        let Some(running) = self
+            .running
+            .as_mut()
+            .filter(|running| running.exit.is_none() && !paused)
+        else {
+            return;
+        };
+        let Some(checks) = running.checks.as_mut().filter(|checks| now >= checks.due()) else {
+            return;
+        };
+        if let Some(check) = &mut checks.current {
+            if check.timed_out {
+                // Killed, and still there: its end will come, or that of the container.
+                check.deadline = now + Duration::from_secs(3600);
+            }
+            check.timed_out = true;
+            let _ = running.vmm.signal_process(check.process, super::KILL);
+            return;
+        }
+        let spec = checks.spec(&self.record.config);
+        let begin = |running: &mut Running| -> Option<()> {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC).ok()?;
+            let null = null().ok()?;
+            let process = Self::free_number(running)?;
+            running
+                .vmm
+                .exec(process, &spec, [null.as_fd(), write.as_fd(), write.as_fd()])
+                .ok()?;
+            running.processes.insert(process, Purpose::Check);
+            running.checks.as_mut()?.begin(process, read);
+            Some(())
+        };
+        if begin(running).is_none()
+            && let Some(checks) = &mut running.checks
+        {
+            checks.next = now + Duration::from_secs(1);
+        }
+    }
+
+    fn take_check_output(&mut self) {
+        let check = self
+            .running
+            .as_mut()
+            .and_then(|running| running.checks.as_mut()?.current.as_mut());
+        let Some(check) = check else { return };
+        let Some(output) = &check.output else { return };
+        let mut bytes = Vec::with_capacity(4096);
+        match rustix::io::read(output, rustix::buffer::spare_capacity(&mut bytes)) {
+            Ok(count) if count > 0 => check.take(&bytes),
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Ok(_) | Err(_) => check.output = None,
+        }
+    }
+
+    fn end_check(&mut self, exit: &ContainerExit) {
+        // What it wrote last is in the pipe: its writers have gone.
+        while self
+            .running
+            .as_ref()
+            .and_then(|running| running.checks.as_ref()?.current.as_ref())
+            .is_some_and(|check| check.output.is_some())
+        {
+            self.take_check_output();
+        }
+        let Some(checks) = self.running.as_mut().and_then(|running| running.checks.as_mut()) else {
+            return;
+        };
+        let timed_out = checks.current.as_ref().is_some_and(|check| check.timed_out);
+        let code = if timed_out {
+            -1
+        } else {
+            i32::from(exit.shell_status())
+        };
+        let same = checks.end(code);
+        let health = checks.health.clone();
+        let status = health.status.clone();
+        self.change(|state| state.health = Some(health));
+        if !same {
+            self.containers
+                .tell(&self.record, &format!("health_status: {status}"), &[]);
+        }
+    }
+}

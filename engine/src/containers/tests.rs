@@ -1,0 +1,153 @@
+//! The records of containers, without any that runs.
+
+use std::collections::BTreeMap;
+
+use super::*;
+
+/// A configuration with nothing particular in it.
+pub(super) fn config() -> ContainerConfig {
+    ContainerConfig {
+        id: Containers::new_id().unwrap(),
+        created: Utc::now(),
+        image: "debian".into(),
+        image_id: format!("sha256:{}", "1".repeat(64)),
+        image_digest: "2".repeat(64),
+        memory_mib: 256,
+        vcpus: 1,
+        args: vec!["sh".into(), "-c".into(), "true".into()],
+        entrypoint: 0,
+        env: vec!["A=1".into()],
+        workdir: Text::default(),
+        user: Text::default(),
+        groups: Vec::new(),
+        hostname: None,
+        stdin: false,
+        terminal: false,
+        rlimits: Vec::new(),
+        drop_capabilities: 0,
+        no_new_privileges: false,
+        memory_limit: None,
+        pids_limit: None,
+        cpu_limit: None,
+        read_only: false,
+        tmpfs: Vec::new(),
+        hosts: Vec::new(),
+        labels: BTreeMap::from([("team".to_owned(), "blue".to_owned())]),
+        stop_signal: 15,
+        stop_timeout: 10,
+        restart: RestartPolicy::No,
+        log: LogOptions::default(),
+        auto_remove: false,
+        healthcheck: None,
+        isolate_memory: false,
+        confinement: crate::Confinement::Jailed,
+        console_log: None,
+    }
+}
+
+fn containers() -> (tempfile::TempDir, Containers) {
+    let directory = tempfile::tempdir().unwrap();
+    let containers = Store::open(directory.path()).unwrap().containers().unwrap();
+    (directory, containers)
+}
+
+#[test]
+fn a_container_is_found_by_its_name_its_id_and_the_beginning_of_it() {
+    let (_directory, containers) = containers();
+    let made = containers.create(config(), Some("web")).unwrap();
+    for name in ["web", "/web", made.id(), &made.id()[..12]] {
+        let found = containers.find(name).unwrap();
+        assert_eq!(
+            (found.id(), found.config.clone()),
+            (made.id(), made.config.clone())
+        );
+        assert_eq!(found.state, State::default());
+    }
+    for name in ["", "we", "xyz"] {
+        assert!(
+            matches!(containers.find(name), Err(EngineError::NoContainer { .. })),
+            "{name:?}"
+        );
+    }
+}
+
+#[test]
+fn the_beginning_of_two_ids_is_refused() {
+    let (_directory, containers) = containers();
+    for last in ["1", "2"] {
+        let id = format!("{}{last}", "a".repeat(63));
+        containers
+            .create(ContainerConfig { id, ..config() }, None)
+            .unwrap();
+    }
+    assert!(matches!(
+        containers.find("aaaa"),
+        Err(EngineError::AmbiguousContainer { .. })
+    ));
+}
+
+#[test]
+fn no_two_containers_have_one_name() {
+    let (_directory, containers) = containers();
+    let first = containers.create(config(), Some("web")).unwrap();
+    let error = containers.create(config(), Some("web")).unwrap_err().to_string();
+    assert!(error.contains(first.id()), "{error}");
+    let mut other = containers.create(config(), None).unwrap();
+    assert!(containers.rename(&mut other, "web").is_err());
+    containers.rename(&mut other, "db").unwrap();
+    assert_eq!(containers.find("db").unwrap().id(), other.id());
+    assert_eq!(containers.list().unwrap().len(), 2);
+}
+
+#[test]
+fn one_whose_monitor_was_killed_has_ended() {
+    let (_directory, containers) = containers();
+    let mut made = containers.create(config(), Some("web")).unwrap();
+    made.state.status = Status::Running;
+    made.state.pid = 1;
+    Containers::write_state(&made).unwrap();
+    {
+        let _lock = Lock::take(&made.file(RUNNING_LOCK)).unwrap();
+        assert_eq!(containers.find("web").unwrap().state.status, Status::Running);
+        assert!(matches!(
+            containers.remove(&made),
+            Err(EngineError::StillRunning { .. })
+        ));
+    }
+    let state = containers.find("web").unwrap().state;
+    assert_eq!(
+        (state.status, state.exit_code, state.pid),
+        (Status::Exited, 137, 0)
+    );
+    assert!(state.finished.is_some() && state.error.contains("killed"));
+    containers.remove(&made).unwrap();
+    assert!(containers.find("web").is_err());
+}
+
+#[test]
+fn what_was_left_half_done_is_swept_and_never_listed() {
+    let (directory, containers) = containers();
+    let half = directory.path().join("containers").join(format!("{UNFINISHED}x"));
+    fs::create_dir(&half).unwrap();
+    assert!(containers.list().unwrap().is_empty());
+    containers.sweep();
+    assert!(!half.exists());
+}
+
+#[test]
+fn events_are_read_from_a_time_on() {
+    let (_directory, containers) = containers();
+    let before = Utc::now();
+    let mut made = containers.create(config(), Some("web")).unwrap();
+    containers.rename(&mut made, "site").unwrap();
+    containers.remove(&made).unwrap();
+    let mut seen = Vec::new();
+    containers
+        .events(Some(before), Some(Utc::now()), &mut |event| {
+            assert_eq!(event.attributes["team"], "blue");
+            seen.push(event.action);
+            true
+        })
+        .unwrap();
+    assert_eq!(seen, ["create", "rename", "destroy"]);
+}
