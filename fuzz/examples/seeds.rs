@@ -8,7 +8,10 @@ use std::path::Path;
 
 use picovm_engine::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 use picovm_fuzz::TEMPLATE_FILES;
-use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, Identity, StartFailure, Stream};
+use picovm_guest_protocol::frame::MAIN;
+use picovm_guest_protocol::{
+    ContainerExit, ContainerSpec, Frame, Helper, Identity, ProcessSpec, StartFailure, Stream, TerminalSize,
+};
 use picovm_vmm::WorkingSet;
 use picovm_vmm::arch::cpuid::Processor;
 use picovm_vmm::devices::interrupt::InterruptLine;
@@ -63,18 +66,19 @@ fn main() -> Result<(), Anything> {
         &prefixed(state, &postcard::to_stdvec(&machine()?)?),
     )?;
 
-    let spec = ContainerSpec {
+    let spec = ContainerSpec::of(ProcessSpec {
         args: vec![b"sh".to_vec(), b"-c".to_vec(), b"exit 7".to_vec()],
         env: vec![b"LANG=C".to_vec()],
         cwd: b"/srv".to_vec(),
         user: b"nobody:users".to_vec(),
         stdin: true,
-    };
+        ..ProcessSpec::default()
+    });
     // A first byte of zero: all at once; see `pieces`.
     let frames = |list: &[Frame]| -> Result<Vec<u8>, Anything> {
         let mut bytes = vec![0];
         for frame in list {
-            frame.encode(&mut bytes)?;
+            frame.encode(MAIN, &mut bytes)?;
         }
         Ok(bytes)
     };
@@ -103,6 +107,9 @@ fn main() -> Result<(), Anything> {
             Frame::Spec(spec.clone()),
             Frame::Data(Stream::Stdin, b"hello".to_vec()),
             Frame::Signal(15),
+            Frame::Exec(spec.process.clone()),
+            Frame::Help(Helper::Stat { path: b"/etc".to_vec() }),
+            Frame::Resize(TerminalSize { rows: 25, columns: 80 }),
             Frame::Credit(Stream::Stdout, 100),
             Frame::Close(Stream::Stdin),
             Frame::Close(Stream::Stdout),

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use picovm_engine::messages::{self as messages_of_engine, FromVmm, ToServer, ToVmm};
 use picovm_engine::{Event, Session};
-use picovm_guest_protocol::frame::{DATA_MAX, HEADER_SIZE, INITIAL_CREDIT, PAYLOAD_MAX};
+use picovm_guest_protocol::frame::{DATA_MAX, HEADER_SIZE, INITIAL_CREDIT, MAIN, PAYLOAD_MAX};
 use picovm_guest_protocol::{Frame, FrameDecoder, Identity, Stream};
 use rustix::pipe::{PipeFlags, pipe_with};
 
@@ -29,12 +29,12 @@ fn pieces(data: &[u8]) -> impl Iterator<Item = &[u8]> {
 }
 
 /// What is decoded is encoded and decoded as the same again.
-fn round_trip(frame: &Frame) {
+fn round_trip(process: u16, frame: &Frame) {
     let mut bytes = Vec::new();
-    frame.encode(&mut bytes).expect("it came in a frame");
+    frame.encode(process, &mut bytes).expect("it came in a frame");
     let mut again = FrameDecoder::default();
     again.push(&bytes);
-    assert_eq!(again.next_frame().as_ref(), Ok(&Some(frame.clone())));
+    assert_eq!(again.next_frame().as_ref(), Ok(&Some((process, frame.clone()))));
 }
 
 /// The host's side of the control connection, with a hostile guest at the other end.
@@ -93,8 +93,8 @@ pub fn agent(data: &[u8]) {
     IGNORE.call_once(|| unsafe { _ = libc::signal(libc::SIGPIPE, libc::SIG_IGN) });
     let (container, stdin) = pipe();
     let (stdout, container_out) = pipe();
-    let mut input = streams::Input::new(stdin);
-    let mut output = streams::Output::new(Stream::Stdout, stdout);
+    let mut input = streams::Input::new(MAIN, stdin);
+    let mut output = streams::Output::new(MAIN, Stream::Stdout, stdout);
     let mut outgoing = streams::Outgoing::new();
     let mut decoder = FrameDecoder::default();
     let mut scratch = vec![0; DATA_MAX];
@@ -106,7 +106,7 @@ pub fn agent(data: &[u8]) {
         );
         decoder.push(piece);
         loop {
-            let frame = match decoder.next_frame() {
+            let (process, frame) = match decoder.next_frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
                 Err(error) => {
@@ -118,7 +118,7 @@ pub fn agent(data: &[u8]) {
                     return;
                 }
             };
-            round_trip(&frame);
+            round_trip(process, &frame);
             let obeyed = match frame {
                 Frame::Data(Stream::Stdin, bytes) => input.push(&bytes).is_ok(),
                 Frame::Close(Stream::Stdin) => input.close().is_ok(),
@@ -132,9 +132,15 @@ pub fn agent(data: &[u8]) {
                     output.note(signal == 0);
                     true
                 }
-                Frame::Spec(_) | Frame::Exit(_) | Frame::Data(..) | Frame::Close(_) | Frame::Credit(..) => {
-                    true
-                }
+                Frame::Spec(_)
+                | Frame::Exec(_)
+                | Frame::Help(_)
+                | Frame::Resize(_)
+                | Frame::OutOfMemory
+                | Frame::Exit(_)
+                | Frame::Data(..)
+                | Frame::Close(_)
+                | Frame::Credit(..) => true
             };
             if !obeyed {
                 return;

@@ -18,7 +18,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use picovm_guest_protocol::frame::DATA_MAX;
+use picovm_guest_protocol::frame::{DATA_MAX, MAIN};
 use picovm_guest_protocol::{ContainerExit, Frame, FrameDecoder, FrameError, StartFailure, Stream};
 use rustix::event::epoll;
 use rustix::io::Errno;
@@ -132,9 +132,9 @@ impl Agent {
             children,
             children_changed: true,
             pid: None,
-            stdin: Input::new(container.stdin),
-            stdout: Output::new(Stream::Stdout, container.stdout),
-            stderr: Output::new(Stream::Stderr, container.stderr),
+            stdin: Input::new(MAIN, container.stdin),
+            stdout: Output::new(MAIN, Stream::Stdout, container.stdout),
+            stderr: Output::new(MAIN, Stream::Stderr, container.stderr),
             failure: container.failure,
             ended: None,
             exit_queued: false,
@@ -246,20 +246,23 @@ impl Agent {
                     });
                 }
             }
-            while let Some(frame) = self.decoder.next_frame()? {
-                self.obey(frame)?;
+            while let Some((process, frame)) = self.decoder.next_frame()? {
+                self.obey(process, frame)?;
             }
         }
         Ok(())
     }
 
-    fn obey(&mut self, frame: Frame) -> Result<(), AgentError> {
+    fn obey(&mut self, process: u16, frame: Frame) -> Result<(), AgentError> {
         let violation = |violation| match violation {
             InputViolation::BeyondCredit => {
                 AgentError::Protocol("sent more standard input than it had credit for")
             }
             InputViolation::AfterClose => AgentError::Protocol("sent standard input after its end"),
         };
+        if process != MAIN {
+            return Ok(());
+        }
         match frame {
             // The stub has read the first one.
             Frame::Spec(_) => Err(AgentError::Protocol("said twice what to run")),
@@ -275,7 +278,8 @@ impl Agent {
             Frame::Close(Stream::Stderr) => Ok(self.stderr.abandon(&mut self.outgoing)?),
             Frame::Data(..) => Err(AgentError::Protocol("sent a stream that is the container's")),
             Frame::Credit(..) => Err(AgentError::Protocol("gave credit for a stream that is its own")),
-            Frame::Exit(_) => Err(AgentError::Protocol("sent an exit status")),
+            Frame::Exit(_) | Frame::OutOfMemory => Err(AgentError::Protocol("sent an exit status")),
+            Frame::Exec(_) | Frame::Help(_) | Frame::Resize(_) => Ok(()),
         }
     }
 
@@ -363,7 +367,7 @@ impl Agent {
         let mut decoder = FrameDecoder::default();
         decoder.push(self.scratch.get(..count)?);
         match decoder.next_frame() {
-            Ok(Some(Frame::Exit(ContainerExit::NotStarted(failure)))) => Some(failure),
+            Ok(Some((_, Frame::Exit(ContainerExit::NotStarted(failure))))) => Some(failure),
             _ => None,
         }
     }
@@ -374,7 +378,7 @@ impl Agent {
             return Ok(());
         }
         if let Some(exit) = &self.ended {
-            self.outgoing.push(&Frame::Exit(exit.clone()))?;
+            self.outgoing.push(MAIN, &Frame::Exit(exit.clone()))?;
             self.exit_queued = true;
         }
         Ok(())

@@ -3,7 +3,7 @@
 
 use std::os::fd::OwnedFd;
 
-use picovm_guest_protocol::ContainerSpec;
+use picovm_guest_protocol::{ContainerSpec, ProcessSpec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::accounts::Accounts;
@@ -16,10 +16,10 @@ const REHEARSALS: usize = 2;
 
 /// What is rehearsed: a shell that writes a line. An image without one still warms the way to its failure.
 pub fn spec() -> ContainerSpec {
-    ContainerSpec {
+    ContainerSpec::of(ProcessSpec {
         args: [&b"sh"[..], b"-c", b"echo"].map(<[u8]>::to_vec).to_vec(),
-        ..ContainerSpec::default()
-    }
+        ..ProcessSpec::default()
+    })
 }
 
 /// Runs the rehearsals, each served over a socket pair in the place of the control port.

@@ -7,7 +7,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use picovm_guest_protocol::{ContainerSpec, StartFailure};
+use picovm_guest_protocol::{ProcessSpec, StartFailure};
 use rustix::fs::{Access, Gid, Uid};
 use rustix::io::Errno;
 
@@ -32,7 +32,7 @@ pub fn failure(attempted: impl Into<String>, errno: i32, message: impl Display) 
 }
 
 /// Becomes the container's process. Returns only if that fails.
-pub fn exec(spec: &ContainerSpec, accounts: &Accounts, no_input: BorrowedFd<'_>) -> StartFailure {
+pub fn exec(spec: &ProcessSpec, accounts: &Accounts, no_input: BorrowedFd<'_>) -> StartFailure {
     match try_exec(spec, accounts, no_input) {
         Ok(never) => match never {},
         Err(failure) => failure,
@@ -40,7 +40,7 @@ pub fn exec(spec: &ContainerSpec, accounts: &Accounts, no_input: BorrowedFd<'_>)
 }
 
 fn try_exec(
-    spec: &ContainerSpec,
+    spec: &ProcessSpec,
     accounts: &Accounts,
     no_input: BorrowedFd<'_>,
 ) -> Result<std::convert::Infallible, StartFailure> {

@@ -48,19 +48,19 @@ impl Outgoing {
     }
 
     /// Appends a frame.
-    pub fn push(&mut self, frame: &Frame) -> Result<(), FrameError> {
+    pub fn push(&mut self, process: u16, frame: &Frame) -> Result<(), FrameError> {
         self.urgent = true;
-        frame.encode(&mut self.bytes)
+        frame.encode(process, &mut self.bytes)
     }
 
     /// Appends a frame that may wait for the next one: each write to the connection costs several exits.
-    fn push_at_leisure(&mut self, frame: &Frame) -> Result<(), FrameError> {
-        frame.encode(&mut self.bytes)
+    fn push_at_leisure(&mut self, process: u16, frame: &Frame) -> Result<(), FrameError> {
+        frame.encode(process, &mut self.bytes)
     }
 
-    fn push_data(&mut self, stream: Stream, bytes: &[u8]) -> Result<(), FrameError> {
+    fn push_data(&mut self, process: u16, stream: Stream, bytes: &[u8]) -> Result<(), FrameError> {
         self.urgent = true;
-        encode_data(stream, bytes, &mut self.bytes)
+        encode_data(process, stream, bytes, &mut self.bytes)
     }
 
     /// Whether there is only what may wait.
@@ -106,6 +106,7 @@ impl Outgoing {
 
 /// Standard output or standard error: from a pipe to the host, within the host's credit.
 pub struct Output {
+    process: u16,
     stream: Stream,
     pipe: Option<OwnedFd>,
     credit: u32,
@@ -116,9 +117,10 @@ pub struct Output {
 }
 
 impl Output {
-    /// The stream of this pipe.
-    pub fn new(stream: Stream, pipe: OwnedFd) -> Self {
+    /// The stream of a process that comes from this pipe.
+    pub fn new(process: u16, stream: Stream, pipe: OwnedFd) -> Self {
         Self {
+            process,
             stream,
             pipe: Some(pipe),
             credit: INITIAL_CREDIT,
@@ -162,7 +164,7 @@ impl Output {
                 // The end, or an error that a pipe cannot have: no more bytes either way.
                 Ok(0) => return self.close(outgoing),
                 Ok(count) => {
-                    outgoing.push_data(self.stream, buffer.get(..count).unwrap_or_default())?;
+                    outgoing.push_data(self.process, self.stream, buffer.get(..count).unwrap_or_default())?;
                     self.credit = self
                         .credit
                         .saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
@@ -195,12 +197,13 @@ impl Output {
     fn close(&mut self, outgoing: &mut Outgoing) -> Result<(), FrameError> {
         self.pipe = None;
         // Most close theirs by ending, and then the exit status follows at once.
-        outgoing.push_at_leisure(&Frame::Close(self.stream))
+        outgoing.push_at_leisure(self.process, &Frame::Close(self.stream))
     }
 }
 
 /// Standard input: from the host to a pipe, giving credit back as the pipe takes bytes.
 pub struct Input {
+    process: u16,
     pipe: Option<OwnedFd>,
     buffer: VecDeque<u8>,
     closed_by_host: bool,
@@ -218,9 +221,10 @@ pub enum InputViolation {
 }
 
 impl Input {
-    /// The stream into this pipe.
-    pub fn new(pipe: OwnedFd) -> Self {
+    /// The stream of a process that goes into this pipe.
+    pub fn new(process: u16, pipe: OwnedFd) -> Self {
         Self {
+            process,
             pipe: Some(pipe),
             buffer: VecDeque::new(),
             closed_by_host: false,
@@ -284,7 +288,7 @@ impl Input {
         }
         match u32::try_from(consumed) {
             Ok(0) | Err(_) => Ok(()),
-            Ok(bytes) => outgoing.push(&Frame::Credit(Stream::Stdin, bytes)),
+            Ok(bytes) => outgoing.push(self.process, &Frame::Credit(Stream::Stdin, bytes)),
         }
     }
 }
@@ -293,6 +297,7 @@ impl Input {
 mod tests {
     use super::*;
     use picovm_guest_protocol::FrameDecoder;
+    use picovm_guest_protocol::frame::MAIN;
     use rustix::pipe::{PipeFlags, pipe_with};
 
     fn pipe() -> (OwnedFd, OwnedFd) {
@@ -303,14 +308,19 @@ mod tests {
         let mut decoder = FrameDecoder::default();
         decoder.push(&outgoing.bytes);
         outgoing.bytes.clear();
-        std::iter::from_fn(|| decoder.next_frame().unwrap()).collect()
+        std::iter::from_fn(|| decoder.next_frame().unwrap())
+            .map(|(process, frame)| {
+                assert_eq!(process, MAIN);
+                frame
+            })
+            .collect()
     }
 
     #[test]
     fn output_stops_at_the_end_of_its_credit_and_goes_on_with_more() {
         let _no_fork = crate::tests::no_fork();
         let (read, write) = pipe();
-        let mut output = Output::new(Stream::Stdout, read);
+        let mut output = Output::new(MAIN, Stream::Stdout, read);
         output.credit = 3;
         output.readable = true;
         rustix::io::write(&write, b"hello").unwrap();
@@ -340,7 +350,7 @@ mod tests {
     fn an_end_that_came_while_there_was_no_credit_is_not_forgotten() {
         let _no_fork = crate::tests::no_fork();
         let (read, write) = pipe();
-        let mut output = Output::new(Stream::Stderr, read);
+        let mut output = Output::new(MAIN, Stream::Stderr, read);
         output.credit = 0;
         rustix::io::write(&write, b"last words").unwrap();
         drop(write);
@@ -362,7 +372,7 @@ mod tests {
     fn the_end_needs_no_credit() {
         let _no_fork = crate::tests::no_fork();
         let (read, write) = pipe();
-        let mut output = Output::new(Stream::Stdout, read);
+        let mut output = Output::new(MAIN, Stream::Stdout, read);
         output.credit = 0;
         drop(write);
         output.note(true);
@@ -374,14 +384,14 @@ mod tests {
     #[test]
     fn credit_that_overflows_is_refused() {
         let (read, _write) = pipe();
-        assert!(!Output::new(Stream::Stderr, read).add_credit(u32::MAX));
+        assert!(!Output::new(MAIN, Stream::Stderr, read).add_credit(u32::MAX));
     }
 
     #[test]
     fn input_gives_credit_for_what_the_pipe_took_and_closes_after_the_last_byte() {
         let (read, write) = pipe();
         rustix::pipe::fcntl_setpipe_size(&write, 4096).unwrap();
-        let mut input = Input::new(write);
+        let mut input = Input::new(MAIN, write);
         let mut outgoing = Outgoing::new();
         input.push(&[7; 5000]).unwrap();
         input.close().unwrap();
@@ -404,7 +414,7 @@ mod tests {
         let _no_fork = crate::tests::no_fork();
         let (read, write) = pipe();
         drop(read);
-        let mut input = Input::new(write);
+        let mut input = Input::new(MAIN, write);
         let mut outgoing = Outgoing::new();
         for _ in 0..2 {
             input.push(&[7; 5000]).unwrap();
@@ -416,7 +426,7 @@ mod tests {
     #[test]
     fn input_beyond_the_credit_is_a_violation() {
         let (_read, write) = pipe();
-        let mut input = Input::new(write);
+        let mut input = Input::new(MAIN, write);
         input.push(&vec![0; INITIAL_CREDIT as usize]).unwrap();
         assert_eq!(input.push(&[0]), Err(InputViolation::BeyondCredit));
     }

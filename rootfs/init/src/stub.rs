@@ -19,6 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
+use picovm_guest_protocol::frame::MAIN;
 use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, StartFailure};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
@@ -149,7 +150,7 @@ pub fn begin(
     let run = || {
         let failed = match prepare(&ends) {
             Ok(no_input) => match life().and_then(|spec| spec.map_or_else(|| receive(control), Ok)) {
-                Ok(spec) => start::exec(&spec, accounts, no_input.as_fd()),
+                Ok(spec) => start::exec(&spec.process, accounts, no_input.as_fd()),
                 Err(failed) => failed,
             },
             Err(failed) => failed,
@@ -258,7 +259,7 @@ fn receive(control: BorrowedFd<'_>) -> Result<ContainerSpec, StartFailure> {
         decoder.push(&part);
     }
     match decoder.next_frame() {
-        Ok(Some(Frame::Spec(spec))) => Ok(spec),
+        Ok(Some((MAIN, Frame::Spec(spec)))) => Ok(spec),
         Ok(_) => Err(failed(&"the host sent another frame")),
         Err(error) => Err(failed(&error)),
     }
@@ -289,7 +290,7 @@ fn read_exactly(from: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<()> {
 fn report(pipe: &OwnedFd, failed: StartFailure) {
     let mut bytes = Vec::new();
     if Frame::Exit(ContainerExit::NotStarted(failed))
-        .encode(&mut bytes)
+        .encode(MAIN, &mut bytes)
         .is_ok()
     {
         // If the agent has gone, there is nobody to tell.

@@ -7,8 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use picovm_guest_protocol::frame::{DATA_MAX, INITIAL_CREDIT};
-use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, Stream};
+use picovm_guest_protocol::frame::{DATA_MAX, INITIAL_CREDIT, MAIN};
+use picovm_guest_protocol::{ContainerExit, ContainerSpec, ProcessSpec, Frame, FrameDecoder, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions};
 
@@ -47,18 +47,18 @@ enum AgentEnd {
     Failed,
 }
 
-fn shell(script: &str) -> ContainerSpec {
-    ContainerSpec {
+fn shell(script: &str) -> ProcessSpec {
+    ProcessSpec {
         args: ["sh", "-c", script].map(|word| word.as_bytes().to_vec()).to_vec(),
         stdin: true,
-        ..ContainerSpec::default()
+        ..ProcessSpec::default()
     }
 }
 
-fn program(program: &str) -> ContainerSpec {
-    ContainerSpec {
+fn program(program: &str) -> ProcessSpec {
+    ProcessSpec {
         args: vec![program.into()],
-        ..ContainerSpec::default()
+        ..ProcessSpec::default()
     }
 }
 
@@ -105,7 +105,11 @@ fn live(control: OwnedFd, spec: Option<ContainerSpec>) -> bool {
 }
 
 impl Host {
-    fn start(spec: Option<ContainerSpec>) -> Self {
+    fn start(process: Option<ProcessSpec>) -> Self {
+        Self::start_container(process.map(ContainerSpec::of))
+    }
+
+    fn start_container(spec: Option<ContainerSpec>) -> Self {
         let _no_other_fork = no_fork();
         let (control, guest) = rehearsal::control_pair().unwrap();
         // SAFETY: the child uses only the forking thread's own state and glibc's allocator, which is usable after
@@ -139,7 +143,7 @@ impl Host {
     }
 
     fn send(&mut self, frame: &Frame) {
-        frame.encode(&mut self.unsent).unwrap();
+        frame.encode(MAIN, &mut self.unsent).unwrap();
     }
 
     fn close_input(&mut self) {
@@ -184,7 +188,7 @@ impl Host {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(_) => return false,
         }
-        while let Some(frame) = self.decoder.next_frame().unwrap() {
+        while let Some((_, frame)) = self.decoder.next_frame().unwrap() {
             assert_eq!(self.exit, None, "{frame:?} after the last frame");
             self.take(frame);
         }
@@ -272,7 +276,7 @@ impl Drop for Host {
     }
 }
 
-fn run(spec: ContainerSpec) -> (ContainerExit, String, String) {
+fn run(spec: ProcessSpec) -> (ContainerExit, String, String) {
     let mut host = Host::start(Some(spec));
     let exit = host.exit();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -314,7 +318,7 @@ fn a_signal_reaches_the_whole_process_group() {
 #[test]
 fn a_signal_before_the_start_waits_for_the_container() {
     let mut host = Host::start(None);
-    host.send(&Frame::Spec(shell("sleep 100")));
+    host.send(&Frame::Spec(ContainerSpec::of(shell("sleep 100"))));
     host.send(&Frame::Signal(15));
     assert_eq!(host.exit(), ContainerExit::Signal(15));
 }
@@ -340,7 +344,7 @@ fn a_signal_that_does_not_exist_is_no_disaster() {
 
 #[test]
 fn ten_megabytes_go_in_and_come_out() {
-    let mut host = Host::start(Some(program("cat")).map(|spec| ContainerSpec { stdin: true, ..spec }));
+    let mut host = Host::start(Some(program("cat")).map(|spec| ProcessSpec { stdin: true, ..spec }));
     host.input = (0..10_000_000u32)
         .flat_map(|n| n.to_le_bytes()[..1].to_vec())
         .collect();
@@ -401,7 +405,7 @@ fn input_that_the_container_does_not_want_is_swallowed() {
 
 #[test]
 fn without_input_it_is_dev_null() {
-    let spec = ContainerSpec {
+    let spec = ProcessSpec {
         stdin: false,
         ..shell("cat; readlink /proc/self/fd/0")
     };
@@ -491,7 +495,7 @@ fn a_program_that_cannot_be_executed_is_126() {
     assert!(format!("{exit:?}").contains("interpreter"), "{exit:?}");
     // In PATH, one that may not be executed does not hide a later one that may, but is what is told if there is none.
     let in_path = |name: &str, path: &str| {
-        run(ContainerSpec {
+        run(ProcessSpec {
             env: vec![format!("PATH={path}").into_bytes()],
             ..program(name)
         })
@@ -505,7 +509,7 @@ fn a_program_that_cannot_be_executed_is_126() {
 
 #[test]
 fn a_container_without_a_program_is_125() {
-    let (exit, ..) = run(ContainerSpec::default());
+    let (exit, ..) = run(ProcessSpec::default());
     assert_eq!(exit.shell_status(), 125, "{exit:?}");
     let (exit, ..) = run(program("tr\0ue"));
     assert_eq!(exit.shell_status(), 125, "{exit:?}");
@@ -515,7 +519,7 @@ fn a_container_without_a_program_is_125() {
 fn environment_and_working_directory_are_as_told() {
     let directory = tempfile::tempdir().unwrap();
     let deep = directory.path().join("made/on/the/way");
-    let (exit, stdout, stderr) = run(ContainerSpec {
+    let (exit, stdout, stderr) = run(ProcessSpec {
         env: vec![b"A=one two".to_vec()],
         cwd: deep.to_str().unwrap().into(),
         ..shell("pwd; echo $A; echo $HOME; echo $PATH")
@@ -526,12 +530,12 @@ fn environment_and_working_directory_are_as_told() {
     assert_eq!(lines[1..3], ["one two", "/root"]);
     assert!(lines[3].starts_with("/usr/local/sbin:"));
 
-    let (exit, ..) = run(ContainerSpec {
+    let (exit, ..) = run(ProcessSpec {
         cwd: b"/etc/passwd/no".to_vec(),
         ..shell("")
     });
     assert!(format!("{exit:?}").contains("/etc/passwd/no"), "{exit:?}");
-    let (exit, ..) = run(ContainerSpec {
+    let (exit, ..) = run(ProcessSpec {
         cwd: b"relative".to_vec(),
         ..shell("")
     });
@@ -542,7 +546,7 @@ fn environment_and_working_directory_are_as_told() {
 fn a_user_is_looked_up_and_has_no_capabilities() {
     if !rustix::process::geteuid().is_root() {
         // Only root becomes another user; anyone else is told.
-        let (exit, ..) = run(ContainerSpec {
+        let (exit, ..) = run(ProcessSpec {
             user: b"me".to_vec(),
             ..shell("id")
         });
@@ -550,7 +554,7 @@ fn a_user_is_looked_up_and_has_no_capabilities() {
         return;
     }
     let script = "id -u; id -g; id -G; echo $HOME; grep CapEff /proc/self/status; echo x > /dev/stderr";
-    let (exit, stdout, stderr) = run(ContainerSpec {
+    let (exit, stdout, stderr) = run(ProcessSpec {
         user: b"me".to_vec(),
         ..shell(script)
     });
@@ -561,7 +565,7 @@ fn a_user_is_looked_up_and_has_no_capabilities() {
         ["1234", "1235", "1235 77", "/home/me", "CapEff:\t0000000000000000"]
     );
     assert_eq!(stderr, "x\n");
-    let (exit, ..) = run(ContainerSpec {
+    let (exit, ..) = run(ProcessSpec {
         user: b"ghost".to_vec(),
         ..shell("id")
     });
@@ -588,12 +592,12 @@ fn root_cannot_reach_the_machine() {
 #[test]
 fn what_to_run_may_come_over_the_connection_however_large() {
     let mut host = Host::start(None);
-    host.send(&Frame::Spec(ContainerSpec {
+    host.send(&Frame::Spec(ContainerSpec::of(ProcessSpec {
         env: (0..15)
             .map(|n| format!("V{n}={}", "x".repeat(100_000)).into_bytes())
             .collect(),
         ..shell("echo ${#V7}")
-    }));
+    })));
     assert_eq!(host.exit(), ContainerExit::Code(0));
     assert_eq!(host.stdout, b"100000\n");
 }

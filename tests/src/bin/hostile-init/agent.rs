@@ -5,7 +5,7 @@ use std::io::{Error, Result};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use picovm_guest_protocol::frame::{DATA_MAX, INITIAL_CREDIT};
+use picovm_guest_protocol::frame::{DATA_MAX, INITIAL_CREDIT, MAIN};
 use picovm_guest_protocol::{
     CONTROL_PORT_NAME, ContainerExit, ContainerSpec, Frame, FrameDecoder, StartFailure, Stream,
 };
@@ -61,7 +61,7 @@ impl Agent {
 
     pub fn send(&self, frame: &Frame) {
         let mut bytes = Vec::new();
-        let _ = frame.encode(&mut bytes);
+        let _ = frame.encode(MAIN, &mut bytes);
         self.send_bytes(&bytes);
     }
 
@@ -89,7 +89,7 @@ impl Agent {
         let mut decoder = FrameDecoder::default();
         loop {
             decoder.push(&self.receive());
-            while let Ok(Some(frame)) = decoder.next_frame() {
+            while let Ok(Some((_, frame))) = decoder.next_frame() {
                 match frame {
                     Frame::Data(Stream::Stdin, line) => {
                         self.send(&Frame::Credit(Stream::Stdin, line.len() as u32));
@@ -161,9 +161,9 @@ impl Agent {
     pub fn flood(&self) -> After {
         let mut bytes = Vec::new();
         while bytes.len() < 256 << 10 {
-            let _ = Frame::Close(Stream::Stdout).encode(&mut bytes);
-            let _ = Frame::Data(Stream::Stderr, Vec::new()).encode(&mut bytes);
-            let _ = Frame::Credit(Stream::Stdin, 0).encode(&mut bytes);
+            let _ = Frame::Close(Stream::Stdout).encode(MAIN, &mut bytes);
+            let _ = Frame::Data(Stream::Stderr, Vec::new()).encode(MAIN, &mut bytes);
+            let _ = Frame::Credit(Stream::Stdin, 0).encode(MAIN, &mut bytes);
         }
         let end = Instant::now() + FLOOD;
         while Instant::now() < end {
@@ -177,7 +177,7 @@ impl Agent {
         for length in [0, 1] {
             let mut bytes = Vec::new();
             while bytes.len() < 128 << 10 {
-                let _ = Frame::Data(Stream::Stdout, vec![b'x'; length]).encode(&mut bytes);
+                let _ = Frame::Data(Stream::Stdout, vec![b'x'; length]).encode(MAIN, &mut bytes);
             }
             let end = Instant::now() + FLOOD / 2;
             while Instant::now() < end {
@@ -192,7 +192,7 @@ impl Agent {
         let mut bytes = Vec::new();
         for _ in 0..20 {
             let text = vec![b'a' + random.below(26) as u8; random.below(40) as usize];
-            let _ = Frame::Data(Stream::Stdout, text).encode(&mut bytes);
+            let _ = Frame::Data(Stream::Stdout, text).encode(MAIN, &mut bytes);
         }
         for byte in bytes {
             self.send_bytes(&[byte]);
@@ -214,7 +214,7 @@ impl Agent {
 /// Says how the container ended through a console that no driver of the kernel holds any more.
 pub fn say_last(machine: &Machine, frame: &Frame) -> Result<()> {
     let mut bytes = Vec::new();
-    frame.encode(&mut bytes).map_err(Error::other)?;
+    frame.encode(MAIN, &mut bytes).map_err(Error::other)?;
     let console = Device::new(machine, CONSOLE);
     console.bring_up(VERSION_1);
     machine.put(BUFFERS, 0, &bytes);

@@ -86,6 +86,7 @@ fn live() -> std::io::Result<()> {
     let arguments: Vec<String> = identity
         .container
         .unwrap_or_default()
+        .process
         .args
         .iter()
         .map(|argument| String::from_utf8_lossy(argument).into_owned())
