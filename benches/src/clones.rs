@@ -8,7 +8,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail};
 use picovm_engine::Prompt;
 use picovm_engine::figures::ms;
-use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, Identity, Stream};
+use picovm_guest_protocol::{
+    ContainerExit, ContainerSpec, Frame, FrameDecoder, Identity, ProcessSpec, Stream,
+};
 use picovm_vmm::machine::Machine;
 use picovm_vmm::{ForkOptions, Outcome, Template, WorkingSet};
 
@@ -198,10 +200,10 @@ pub fn identity() -> anyhow::Result<Identity> {
         hostname: "bench".into(),
         entropy,
         realtime_ns: u64::try_from(now.as_nanos())?,
-        container: Some(ContainerSpec {
+        container: Some(ContainerSpec::of(ProcessSpec {
             args: vec![b"echo".to_vec(), WORD.into()],
-            ..ContainerSpec::default()
-        }),
+            ..ProcessSpec::default()
+        })),
     })
 }
 
@@ -227,7 +229,7 @@ fn read_frames(connection: &mut UnixStream) -> anyhow::Result<Heard> {
             bail!("it closed its control connection");
         }
         decoder.push(bytes.get(..count).unwrap_or_default());
-        while let Some(frame) = decoder.next_frame()? {
+        while let Some((_, frame)) = decoder.next_frame()? {
             match frame {
                 Frame::Data(Stream::Stdout, data) => {
                     first.get_or_insert(now);

@@ -108,8 +108,13 @@ fn main() -> Result<(), Anything> {
             Frame::Data(Stream::Stdin, b"hello".to_vec()),
             Frame::Signal(15),
             Frame::Exec(spec.process.clone()),
-            Frame::Help(Helper::Stat { path: b"/etc".to_vec() }),
-            Frame::Resize(TerminalSize { rows: 25, columns: 80 }),
+            Frame::Help(Helper::Stat {
+                path: b"/etc".to_vec(),
+            }),
+            Frame::Resize(TerminalSize {
+                rows: 25,
+                columns: 80,
+            }),
             Frame::Credit(Stream::Stdout, 100),
             Frame::Close(Stream::Stdin),
             Frame::Close(Stream::Stdout),
@@ -136,6 +141,7 @@ fn main() -> Result<(), Anything> {
             1,
             "start",
             sent(&ToVmm::Start {
+                id: None,
                 spec,
                 hostname: Some("box".into()),
             })?,

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use picovm_engine::messages::{self as messages_of_engine, FromVmm, ToServer, ToVmm};
 use picovm_engine::{Event, Session};
 use picovm_guest_protocol::frame::{DATA_MAX, HEADER_SIZE, INITIAL_CREDIT, MAIN, PAYLOAD_MAX};
-use picovm_guest_protocol::{Frame, FrameDecoder, Identity, Stream};
+use picovm_guest_protocol::{Frame, FrameDecoder, Identity, ProcessSpec, Stream};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 // The crate of init is a program; its parses are taken from their source.
@@ -40,23 +40,28 @@ fn round_trip(process: u16, frame: &Frame) {
 /// The host's side of the control connection, with a hostile guest at the other end.
 pub fn session(data: &[u8]) {
     let mut session = Session::default();
-    let mut owed = [0usize; 2];
+    // One process that was executed beside the container's own.
+    let spec = ProcessSpec::default();
+    session.exec(1, &spec).expect("a specification fits a frame");
+    let mut owed = [[0usize; 2]; 2];
     for piece in pieces(data) {
         session.received(piece);
         loop {
             match session.next_event() {
-                Ok(Some(Event::Output(stream, bytes))) => {
-                    let index = usize::from(stream == Stream::Stderr);
-                    owed[index] += bytes.len();
-                    assert!(owed[index] <= INITIAL_CREDIT as usize, "more than its credit");
+                Ok(Some(Event::Output(process, stream, bytes))) => {
+                    let owed = &mut owed[usize::from(process)][usize::from(stream == Stream::Stderr)];
+                    *owed += bytes.len();
+                    assert!(*owed <= INITIAL_CREDIT as usize, "more than its credit");
                     if bytes.len() % 2 == 1 {
-                        session.consumed(stream, owed[index]);
-                        owed[index] = 0;
+                        session.consumed(process, stream, *owed);
+                        *owed = 0;
                     }
                 }
-                Ok(Some(Event::Exit(exit))) => {
+                Ok(Some(Event::Exit(process, exit))) => {
+                    assert!(!session.is_live(process));
                     let _ = exit.shell_status();
                 }
+                Ok(Some(Event::OutOfMemory | Event::Started)) => {}
                 Ok(None) => break,
                 Err(error) => {
                     assert!(!error.to_string().is_empty());
@@ -64,8 +69,8 @@ pub fn session(data: &[u8]) {
                 }
             }
         }
-        assert!(session.stdin_room() <= DATA_MAX);
-        session.send_stdin(piece);
+        assert!(session.stdin_room(MAIN) <= DATA_MAX);
+        session.send_stdin(MAIN, piece);
         session.sent(piece.len());
     }
 }
@@ -137,10 +142,11 @@ pub fn agent(data: &[u8]) {
                 | Frame::Help(_)
                 | Frame::Resize(_)
                 | Frame::OutOfMemory
+                | Frame::Started
                 | Frame::Exit(_)
                 | Frame::Data(..)
                 | Frame::Close(_)
-                | Frame::Credit(..) => true
+                | Frame::Credit(..) => true,
             };
             if !obeyed {
                 return;

@@ -278,7 +278,9 @@ impl Agent {
             Frame::Close(Stream::Stderr) => Ok(self.stderr.abandon(&mut self.outgoing)?),
             Frame::Data(..) => Err(AgentError::Protocol("sent a stream that is the container's")),
             Frame::Credit(..) => Err(AgentError::Protocol("gave credit for a stream that is its own")),
-            Frame::Exit(_) | Frame::OutOfMemory => Err(AgentError::Protocol("sent an exit status")),
+            Frame::Exit(_) | Frame::OutOfMemory | Frame::Started => {
+                Err(AgentError::Protocol("sent an exit status"))
+            }
             Frame::Exec(_) | Frame::Help(_) | Frame::Resize(_) => Ok(()),
         }
     }

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use picovm_guest_protocol::frame::{DATA_MAX, INITIAL_CREDIT, MAIN};
-use picovm_guest_protocol::{ContainerExit, ContainerSpec, ProcessSpec, Frame, FrameDecoder, Stream};
+use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, ProcessSpec, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions};
 

@@ -5,7 +5,8 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use picovm_engine::TemplateSpec;
-use picovm_guest_protocol::{ContainerSpec, Frame, FrameDecoder, Identity};
+use picovm_guest_protocol::frame::MAIN;
+use picovm_guest_protocol::{ContainerSpec, Frame, FrameDecoder, Helper, Identity, ProcessSpec};
 use picovm_vmm::{ForkOptions, FreezeOptions, Machine, MachineConfig, Outcome, Template};
 
 use crate::harness::{
@@ -31,11 +32,11 @@ fn identity(script: &str) -> Vec<u8> {
         hostname: "attack".into(),
         entropy: [1; 32],
         realtime_ns: 1_800_000_000_000_000_000,
-        container: Some(ContainerSpec {
+        container: Some(ContainerSpec::of(ProcessSpec {
             args: vec![b"sh".to_vec(), b"-c".to_vec(), script.into()],
             stdin: true,
-            ..ContainerSpec::default()
-        }),
+            ..ProcessSpec::default()
+        })),
     };
     identity.encode(1 << 16).unwrap()
 }
@@ -76,7 +77,7 @@ fn told(template: &Template, bytes: &[u8]) -> (Option<Outcome>, Vec<Frame>) {
         if let Ok(count) = connection.read(&mut part) {
             decoder.push(&part[..count]);
         }
-        while let Some(frame) = decoder
+        while let Some((_, frame)) = decoder
             .next_frame()
             .expect("the agent itself keeps to the protocol")
         {
@@ -105,18 +106,28 @@ fn garbage_to_the_agent() {
         assert_eq!(outcome, Some(Outcome::PowerOff));
     }
     // Frames that only an agent may send, one that is longer than any, one that is cut off, and input beyond its credit.
-    let encode = |frame: Frame| {
+    let encode = |process: u16, frame: Frame| {
         let mut bytes = Vec::new();
-        frame.encode(&mut bytes).unwrap();
+        frame.encode(process, &mut bytes).unwrap();
         bytes
     };
-    let exit = encode(Frame::Exit(picovm_guest_protocol::ContainerExit::Code(0)));
-    let input = encode(Frame::Data(
-        picovm_guest_protocol::Stream::Stdin,
-        vec![0; 32 << 10],
-    ));
+    let exit = encode(MAIN, Frame::Exit(picovm_guest_protocol::ContainerExit::Code(0)));
+    let stdin = |process| {
+        let bytes = vec![0; 32 << 10];
+        encode(process, Frame::Data(picovm_guest_protocol::Stream::Stdin, bytes))
+    };
+    let input = stdin(MAIN);
     for bytes in [
         exit,
+        // About a process that is not there, and one more with the number of the main one.
+        stdin(77),
+        encode(MAIN, Frame::Help(Helper::Tasks)),
+        // More input than credit for a process that is executed.
+        [
+            encode(5, Frame::Exec(ProcessSpec::default())),
+            stdin(5).repeat(12),
+        ]
+        .concat(),
         vec![4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
         vec![11, 0, 0, 0, 1, 0, 0],
         input.repeat(12),

@@ -4,7 +4,9 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, Identity, Stream};
+use picovm_guest_protocol::{
+    ContainerExit, ContainerSpec, Frame, FrameDecoder, Identity, ProcessSpec, Stream,
+};
 use picovm_vmm::{Disk, ForkOptions, FreezeOptions, Machine, MachineConfig, Outcome, Template};
 
 use crate::{guest, image_file};
@@ -24,10 +26,10 @@ fn identity(script: &str) -> Vec<u8> {
         hostname: "test".into(),
         entropy: [1; 32],
         realtime_ns: 1_800_000_000_000_000_000,
-        container: Some(ContainerSpec {
+        container: Some(ContainerSpec::of(ProcessSpec {
             args: vec![b"sh".to_vec(), b"-c".to_vec(), script.into()],
-            ..ContainerSpec::default()
-        }),
+            ..ProcessSpec::default()
+        })),
     };
     identity.encode(1 << 16).unwrap()
 }
@@ -52,7 +54,7 @@ fn talk(clone: &mut Machine) -> (String, ContainerExit) {
         let count = connection.read(&mut bytes).unwrap();
         assert_ne!(count, 0, "the clone has gone");
         decoder.push(&bytes[..count]);
-        while let Some(frame) = decoder.next_frame().unwrap() {
+        while let Some((_, frame)) = decoder.next_frame().unwrap() {
             match frame {
                 Frame::Data(Stream::Stdout, data) => output.extend(data),
                 Frame::Exit(exit) => {
