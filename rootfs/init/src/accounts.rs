@@ -106,7 +106,11 @@ impl Accounts {
         Ok(account)
     }
 
-    fn group_id(&self, group: &[u8]) -> Result<u32, String> {
+    /// Resolves a group, a name or a number.
+    ///
+    /// # Errors
+    /// The sentence for people if there is no such group.
+    pub fn group_id(&self, group: &[u8]) -> Result<u32, String> {
         let number = number(group);
         let entry = records(&self.group).find_map(|fields| {
             let &[name, _, gid, ..] = fields.as_slice() else {
@@ -123,6 +127,17 @@ impl Accounts {
                 String::from_utf8_lossy(group)
             )),
         }
+    }
+
+    /// Name of the user with this number, or the number.
+    pub fn user_name(&self, uid: u32) -> Vec<u8> {
+        let name = records(&self.passwd).find_map(|fields| {
+            let &[name, _, number, ..] = fields.as_slice() else {
+                return None;
+            };
+            (parse_id(number) == Some(uid)).then(|| name.to_vec())
+        });
+        name.unwrap_or_else(|| uid.to_string().into_bytes())
     }
 
     fn groups_of(&self, user: &[u8]) -> Vec<u32> {

@@ -6,10 +6,14 @@
 
 mod accounts;
 mod agent;
+mod archive;
+mod cgroup;
 mod console;
+mod container;
 mod control;
 mod error;
 mod identity;
+mod layer;
 mod mounts;
 mod rehearsal;
 mod start;
@@ -21,9 +25,11 @@ mod trap;
 
 use accounts::Accounts;
 use agent::Agent;
+use cgroup::Cgroups;
+use container::Ground;
 use error::InitError;
 use identity::{IdentityArea, Machine};
-use stub::Stack;
+use stub::{Setting, Stack};
 use trap::Trap;
 
 fn main() {
@@ -56,19 +62,37 @@ fn live(trap: &Trap) -> Result<(), InitError> {
     let area = IdentityArea::allocate()?;
     let machine = Machine::open()?;
     agent::shield_from_oom()?;
+    agent::allow_open_files()?;
     stub::block_child_signal()?;
     mounts::wait_for_image()?;
     // All that does not depend on the image is done: one boot serves the templates of all images.
     trap.base();
 
-    mounts::enter_root_file_system()?;
+    let mut layers = mounts::enter_root_file_system()?;
     mounts::populate_root_file_system()?;
+    let (rehearsal_group, cgroup) = Cgroups::make()?
+        .map(|groups| (groups.rehearsal, groups.container))
+        .unzip();
     let accounts = Accounts::read();
     let stack = Stack::allocate()?;
-    rehearsal::run(&stack, &accounts)?;
-    let (container, ends) = stub::pipes()?;
-    let agent = Agent::new(control, container)?;
-    let pid = stub::begin(&stack, ends, &accounts, agent.control(), || {
+    rehearsal::run(&stack, &accounts, rehearsal_group.as_ref())?;
+    layers.remember()?;
+    let ground = Ground {
+        is_guest: true,
+        cgroup,
+        layers: Some(layers),
+    };
+    let (pipes, ends) = stub::pipes()?;
+    let agent = Agent::new(control, pipes, &ground)?;
+    let setting = Setting {
+        stack: &stack,
+        accounts: &accounts,
+        ground: &ground,
+        control: agent.control(),
+        terminal: agent.terminal(),
+    };
+    let begun = stub::begin(setting, ends, || {
+        stub::enter_group(ground.cgroup.as_ref())?;
         stub::confine()?;
         machine.rehearse()?;
         stub::wait_until_asleep(rustix::process::Pid::INIT)?;
@@ -76,7 +100,7 @@ fn live(trap: &Trap) -> Result<(), InitError> {
         machine.become_clone(&identity)?;
         Ok(identity.container)
     })?;
-    agent.serve(pid)?;
+    agent.serve(begun)?;
     Ok(())
 }
 

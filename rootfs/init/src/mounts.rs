@@ -12,6 +12,7 @@ use rustix::mount::{MountFlags, mount, mount_move};
 
 use crate::console;
 use crate::error::{Attempt, InitError};
+use crate::layer::Layers;
 
 /// The image, an EROFS file system.
 const IMAGE_DEVICE: &str = "/dev/vda";
@@ -29,8 +30,8 @@ pub fn kernel_file_systems() -> Result<(), InitError> {
 }
 
 /// Mounts the image read-only with a writable overlay in memory (at most half of it) and makes that the root file
-/// system, for init and for the container.
-pub fn enter_root_file_system() -> Result<(), InitError> {
+/// system, for init and for the container. Gives what still leads to the layers.
+pub fn enter_root_file_system() -> Result<Layers, InitError> {
     mount_on(
         IMAGE_DEVICE,
         "/image",
@@ -62,6 +63,7 @@ pub fn enter_root_file_system() -> Result<(), InitError> {
     let layers = c"lowerdir=/image,upperdir=/scratch/upper,workdir=/scratch/work,volatile";
     mount_on("overlay", "/root", "overlay", MountFlags::NOATIME, layers)?;
 
+    let opened = Layers::open("/image", "/scratch/upper")?;
     for directory in ["/dev", "/proc", "/sys"] {
         let target = format!("/root{directory}");
         make_directory(&target, 0o755)?;
@@ -73,7 +75,8 @@ pub fn enter_root_file_system() -> Result<(), InitError> {
         rustix::process::chroot(".")?;
         std::env::set_current_dir("/")
     };
-    switch().attempt(|| "make the container's root file system the root".into())
+    switch().attempt(|| "make the container's root file system the root".into())?;
+    Ok(opened)
 }
 
 /// Waits until the image's device is there. Nothing of it is read.

@@ -8,8 +8,10 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::accounts::Accounts;
 use crate::agent::Agent;
+use crate::cgroup::Cgroup;
+use crate::container::Ground;
 use crate::error::{Attempt, InitError};
-use crate::stub::{self, Stack};
+use crate::stub::{self, Setting, Stack};
 
 /// How often. The first one reads from the image, the second finds it cached; more change nothing.
 const REHEARSALS: usize = 2;
@@ -22,17 +24,27 @@ pub fn spec() -> ContainerSpec {
     })
 }
 
-/// Runs the rehearsals, each served over a socket pair in the place of the control port.
-pub fn run(stack: &Stack, accounts: &Accounts) -> Result<(), InitError> {
+/// Runs the rehearsals, each served over a socket pair in the place of the control port, and in a control group of their own,
+/// which is charged with what they read.
+pub fn run(stack: &Stack, accounts: &Accounts, group: Option<&Cgroup>) -> Result<(), InitError> {
+    let ground = Ground::default();
     for _ in 0..REHEARSALS {
         let (control, _host) = control_pair().attempt(|| "make a socket pair".into())?;
-        let (container, ends) = stub::pipes()?;
-        let agent = Agent::new(control, container)?;
-        let pid = stub::begin(stack, ends, accounts, agent.control(), || {
+        let (pipes, ends) = stub::pipes()?;
+        let agent = Agent::new(control, pipes, &ground)?;
+        let setting = Setting {
+            stack,
+            accounts,
+            ground: &ground,
+            control: agent.control(),
+            terminal: agent.terminal(),
+        };
+        let begun = stub::begin(setting, ends, || {
+            stub::enter_group(group)?;
             stub::confine()?;
             Ok(Some(spec()))
         })?;
-        agent.serve(pid)?;
+        agent.serve(begun)?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! From a container's spec to its first instruction: user, working directory, program, `execve`.
+//! From a process's spec to its first instruction: user, terminal, working directory, limits, program, `execve`.
 
 use std::ffi::{CStr, CString};
 use std::fmt::Display;
@@ -10,8 +10,11 @@ use std::path::Path;
 use picovm_guest_protocol::{ProcessSpec, StartFailure};
 use rustix::fs::{Access, Gid, Uid};
 use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit};
+use rustix::thread::CapabilitySet;
 
 use crate::accounts::{Account, Accounts};
+use crate::agent::Terminal;
 
 /// What a container gets that brings no `PATH`.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -31,9 +34,20 @@ pub fn failure(attempted: impl Into<String>, errno: i32, message: impl Display) 
     }
 }
 
-/// Becomes the container's process. Returns only if that fails.
-pub fn exec(spec: &ProcessSpec, accounts: &Accounts, no_input: BorrowedFd<'_>) -> StartFailure {
-    match try_exec(spec, accounts, no_input) {
+/// What a process is connected to.
+#[derive(Clone, Copy)]
+pub struct Connections<'a> {
+    /// `/dev/null`, for one without standard input.
+    pub no_input: BorrowedFd<'a>,
+    /// For one that asks for it; `None` if there can be none.
+    pub terminal: Option<&'a Terminal>,
+    /// Whether the terminal is the container's console, too.
+    pub is_console: bool,
+}
+
+/// Becomes a process of the container. Returns only if that fails.
+pub fn exec(spec: &ProcessSpec, accounts: &Accounts, connections: Connections<'_>) -> StartFailure {
+    match try_exec(spec, accounts, connections) {
         Ok(never) => match never {},
         Err(failure) => failure,
     }
@@ -42,12 +56,22 @@ pub fn exec(spec: &ProcessSpec, accounts: &Accounts, no_input: BorrowedFd<'_>) -
 fn try_exec(
     spec: &ProcessSpec,
     accounts: &Accounts,
-    no_input: BorrowedFd<'_>,
+    connections: Connections<'_>,
 ) -> Result<std::convert::Infallible, StartFailure> {
     let name = String::from_utf8_lossy(&spec.user).into_owned();
-    let account = accounts
+    let mut account = accounts
         .resolve(&spec.user)
         .map_err(|message| failure(format!("find user {name}"), 0, message))?;
+    for group in &spec.groups {
+        let found = accounts.group_id(group).map_err(|message| {
+            failure(
+                format!("find group {}", String::from_utf8_lossy(group)),
+                0,
+                message,
+            )
+        })?;
+        account.groups.push(found);
+    }
     let program = spec
         .args
         .first()
@@ -55,14 +79,18 @@ fn try_exec(
         .ok_or_else(|| failure("start the container", libc::EINVAL, "there is no program to run"))?;
     let arguments = Strings::new(spec.args.iter().cloned(), "an argument")?;
     let path = variable(&spec.env, b"PATH").unwrap_or(DEFAULT_PATH).to_vec();
-    let environment = Strings::new(environment(&spec.env, &account), "an environment variable")?;
+    let environment = environment(&spec.env, &account, spec.terminal.is_some());
+    let environment = Strings::new(environment, "an environment variable")?;
 
-    if !spec.stdin {
-        rustix::stdio::dup2_stdin(no_input)
-            .map_err(|error| failure("connect standard input", error.raw_os_error(), error))?;
-    }
+    connect(spec, &account, connections)?;
     make_working_directory(&spec.cwd)?;
+    limit_resources(&spec.rlimits)?;
+    drop_capabilities(spec.drop_capabilities)?;
     become_user(&account)?;
+    if spec.no_new_privileges {
+        rustix::thread::set_no_new_privs(true)
+            .map_err(|error| failure("give up new privileges", error.raw_os_error(), error))?;
+    }
     enter_working_directory(&spec.cwd)?;
     unblock_signals()?;
 
@@ -104,6 +132,78 @@ fn try_exec(
     Err(failure(attempted(), last.raw_os_error(), why))
 }
 
+/// Connects what is not connected to pipes.
+fn connect(spec: &ProcessSpec, account: &Account, connections: Connections<'_>) -> Result<(), StartFailure> {
+    if let Some(size) = spec.terminal {
+        let terminal = connections
+            .terminal
+            .ok_or_else(|| failure("open a terminal", libc::ENXIO, "there is none"))?;
+        terminal.attach(size, Uid::from_raw(account.uid))?;
+        if connections.is_console {
+            terminal.be_console();
+        }
+        return Ok(());
+    }
+    if spec.stdin {
+        return Ok(());
+    }
+    rustix::stdio::dup2_stdin(connections.no_input)
+        .map_err(|error| failure("connect standard input", error.raw_os_error(), error))
+}
+
+/// Resources by their number (`setrlimit(2)`).
+const RESOURCES: [Resource; 16] = [
+    Resource::Cpu,
+    Resource::Fsize,
+    Resource::Data,
+    Resource::Stack,
+    Resource::Core,
+    Resource::Rss,
+    Resource::Nproc,
+    Resource::Nofile,
+    Resource::Memlock,
+    Resource::As,
+    Resource::Locks,
+    Resource::Sigpending,
+    Resource::Msgqueue,
+    Resource::Nice,
+    Resource::Rtprio,
+    Resource::Rttime,
+];
+
+fn limit_resources(limits: &[(u32, u64, u64)]) -> Result<(), StartFailure> {
+    for &(number, soft, hard) in limits {
+        let attempted = || format!("limit resource {number} to {soft}:{hard}");
+        let resource = usize::try_from(number)
+            .ok()
+            .and_then(|number| RESOURCES.get(number))
+            .ok_or_else(|| failure(attempted(), libc::EINVAL, "there is no such resource"))?;
+        let bound = |limit: u64| (limit != u64::MAX).then_some(limit);
+        let limit = Rlimit {
+            current: bound(soft),
+            maximum: bound(hard),
+        };
+        rustix::process::setrlimit(*resource, limit)
+            .map_err(|error| failure(attempted(), error.raw_os_error(), error))?;
+    }
+    Ok(())
+}
+
+/// Takes capabilities, a bit for each, from what will be executed. One that the kernel does not know nobody has.
+fn drop_capabilities(capabilities: u64) -> Result<(), StartFailure> {
+    for capability in (0..u64::BITS).filter_map(|bit| 1u64.checked_shl(bit)) {
+        if capabilities & capability == 0 {
+            continue;
+        }
+        let set = CapabilitySet::from_bits_retain(capability);
+        match rustix::thread::remove_capability_from_bounding_set(set) {
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(error) => return Err(failure("drop a capability", error.raw_os_error(), error)),
+        }
+    }
+    Ok(())
+}
+
 /// Of two reasons why nothing could be executed, the one to tell: a file that was there and forbidden, before a file
 /// that was not there. A path through something that is no directory is a file that is not there.
 fn worse(last: Errno, error: Errno) -> Errno {
@@ -133,15 +233,16 @@ fn variable<'a>(env: &'a [Vec<u8>], name: &[u8]) -> Option<&'a [u8]> {
         .find_map(|entry| entry.strip_prefix(name)?.strip_prefix(b"="))
 }
 
-/// The container's environment: its own, with PATH and HOME where it has none.
-fn environment(env: &[Vec<u8>], account: &Account) -> impl Iterator<Item = Vec<u8>> {
+/// The process's environment: its own, with PATH and HOME, and TERM on a terminal, where it has none.
+fn environment(env: &[Vec<u8>], account: &Account, terminal: bool) -> impl Iterator<Item = Vec<u8>> {
+    let term = (terminal && variable(env, b"TERM").is_none()).then(|| b"TERM=xterm".to_vec());
     let path = variable(env, b"PATH")
         .is_none()
         .then(|| [b"PATH=", DEFAULT_PATH].concat());
     let home = variable(env, b"HOME")
         .is_none()
         .then(|| [b"HOME=", account.home.as_slice()].concat());
-    env.iter().cloned().chain(path).chain(home)
+    env.iter().cloned().chain(path).chain(home).chain(term)
 }
 
 fn directory(cwd: &[u8]) -> Option<&Path> {
@@ -195,7 +296,7 @@ fn become_user(account: &Account) -> Result<(), StartFailure> {
 }
 
 /// Lets through what the stub has held back: a signal that came early meets the container's process now.
-fn unblock_signals() -> Result<(), StartFailure> {
+pub fn unblock_signals() -> Result<(), StartFailure> {
     // SAFETY: the set is initialised by sigemptyset before it is used, and both outlive the calls.
     let result = unsafe {
         let mut none = std::mem::zeroed();
@@ -272,12 +373,12 @@ mod tests {
             groups: Vec::new(),
             home: b"/h".to_vec(),
         };
-        let added: Vec<_> = environment(&[b"A=1".to_vec()], &account).collect();
+        let added: Vec<_> = environment(&[b"A=1".to_vec()], &account, false).collect();
         assert_eq!(added[0], b"A=1");
         assert!(added[1].starts_with(b"PATH=/usr/local/sbin:"));
         assert_eq!(added[2], b"HOME=/h");
         let own = [b"HOME=".to_vec(), b"PATH=/p".to_vec()];
-        assert_eq!(environment(&own, &account).collect::<Vec<_>>(), own);
+        assert_eq!(environment(&own, &account, false).collect::<Vec<_>>(), own);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The container's streams and the control connection's two directions, each with what it has buffered and may send.
+//! The processes' streams and the control connection's two directions, each with what it has buffered and may send.
 
 // What a guest or a file says must not end this process.
 #![cfg_attr(
@@ -78,7 +78,8 @@ impl Outgoing {
         self.bytes.len() == self.sent
     }
 
-    fn has_room(&self) -> bool {
+    /// Whether more may be read from processes.
+    pub fn has_room(&self) -> bool {
         self.bytes.len().saturating_sub(self.sent) < OUTGOING_HIGH
     }
 
@@ -104,7 +105,21 @@ impl Outgoing {
     }
 }
 
-/// Standard output or standard error: from a pipe to the host, within the host's credit.
+/// Most bytes that are taken from a terminal after its process's end: more than a terminal holds.
+const TERMINAL_REST: usize = 128 << 10;
+
+/// How long an output is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// To its end. A terminal has none while its process lives: one who closes it may open it again.
+    End,
+    /// To its end, of a process that has ended.
+    LastEnd,
+    /// Until it is empty, and no more than so many bytes: its process has ended, and others may hold it open.
+    Empty(usize),
+}
+
+/// Standard output or standard error: from a pipe or a terminal to the host, within the host's credit.
 pub struct Output {
     process: u16,
     stream: Stream,
@@ -114,6 +129,11 @@ pub struct Output {
     pub readable: bool,
     /// Whether its last writer has gone: no event will come again, so it is read to its end.
     hung_up: bool,
+    /// Whether it is a terminal, which gives less than asked for though it has more, and fails instead of ending.
+    is_terminal: bool,
+    until: Until,
+    /// Whether nobody on the host reads it: a terminal cannot be closed for writing, so what it gives is dropped.
+    discarded: bool,
 }
 
 impl Output {
@@ -126,7 +146,39 @@ impl Output {
             credit: INITIAL_CREDIT,
             readable: false,
             hung_up: false,
+            is_terminal: false,
+            until: Until::End,
+            discarded: false,
         }
+    }
+
+    /// A terminal's output, which is a process's standard output.
+    pub fn of_terminal(process: u16, terminal: OwnedFd) -> Self {
+        Self {
+            is_terminal: true,
+            readable: true,
+            ..Self::new(process, Stream::Stdout, terminal)
+        }
+    }
+
+    /// Its process has ended, and so will everybody who could write: it is read to its end.
+    pub fn process_ended(&mut self) {
+        self.until = Until::LastEnd;
+        self.readable = true;
+    }
+
+    /// Its process has ended, and whoever else could write is not waited for: what is there is all there is.
+    pub fn process_left(&mut self) {
+        let there = match &self.pipe {
+            Some(_) if self.is_terminal => TERMINAL_REST,
+            Some(pipe) => rustix::io::ioctl_fionread(pipe)
+                .ok()
+                .and_then(|bytes| usize::try_from(bytes).ok())
+                .unwrap_or_default(),
+            None => 0,
+        };
+        self.until = Until::Empty(there);
+        self.readable = true;
     }
 
     /// Takes an event of the pipe.
@@ -137,7 +189,7 @@ impl Output {
 
     /// Whether the end of the stream was reached and queued for the host.
     pub fn is_closed(&self) -> bool {
-        self.pipe.is_none()
+        self.pipe.is_none() || self.discarded
     }
 
     /// Takes credit from the host; `false` if the sum is impossible.
@@ -151,34 +203,58 @@ impl Output {
 
     /// Whether bytes could move now.
     pub fn can_move(&self, outgoing: &Outgoing) -> bool {
-        self.pipe.is_some() && self.readable && self.credit > 0 && outgoing.has_room()
+        self.pipe.is_some() && self.readable && (self.discarded || self.credit > 0 && outgoing.has_room())
     }
 
     /// Moves what is there, as far as credit and the outgoing buffer allow.
     pub fn pump(&mut self, outgoing: &mut Outgoing, scratch: &mut [u8]) -> Result<(), FrameError> {
         while self.can_move(outgoing) {
             let Some(pipe) = &self.pipe else { break };
-            let limit = CHUNK.min(self.credit as usize).min(scratch.len());
+            let mut limit = CHUNK.min(scratch.len());
+            if !self.discarded {
+                limit = limit.min(self.credit as usize);
+            }
+            if let Until::Empty(left) = self.until {
+                limit = limit.min(left);
+            }
+            if limit == 0 {
+                return self.close(outgoing);
+            }
             let buffer = scratch.get_mut(..limit).unwrap_or_default();
             match rustix::io::read(pipe, &mut *buffer) {
                 // The end, or an error that a pipe cannot have: no more bytes either way.
                 Ok(0) => return self.close(outgoing),
                 Ok(count) => {
-                    outgoing.push_data(self.process, self.stream, buffer.get(..count).unwrap_or_default())?;
-                    self.credit = self
-                        .credit
-                        .saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
+                    if !self.discarded {
+                        let bytes = buffer.get(..count).unwrap_or_default();
+                        outgoing.push_data(self.process, self.stream, bytes)?;
+                        self.credit = self
+                            .credit
+                            .saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
+                    }
+                    if let Until::Empty(left) = &mut self.until {
+                        *left = left.saturating_sub(count);
+                        continue;
+                    }
                     // A pipe gives all it has: less than asked for means empty, and the next byte is a new event.
-                    self.readable = count == limit || self.hung_up;
+                    self.readable = count == limit || self.hung_up || self.is_terminal;
                 }
+                Err(Errno::AGAIN) if matches!(self.until, Until::Empty(_)) => return self.close(outgoing),
                 Err(Errno::AGAIN) => self.readable = false,
                 Err(Errno::INTR) => {}
+                // Nobody has the terminal open.
+                Err(Errno::IO) if self.is_terminal && self.until == Until::End => self.readable = false,
                 Err(_) => return self.close(outgoing),
             }
         }
         // The end needs no credit.
         let is_empty = |pipe| rustix::io::ioctl_fionread(pipe).is_ok_and(|bytes| bytes == 0);
-        if self.hung_up && self.credit == 0 && self.pipe.as_ref().is_some_and(is_empty) {
+        let may_be_over = match self.until {
+            Until::End => self.hung_up && !self.is_terminal,
+            Until::LastEnd => self.hung_up,
+            Until::Empty(_) => true,
+        };
+        if may_be_over && self.credit == 0 && self.pipe.as_ref().is_some_and(is_empty) {
             return self.close(outgoing);
         }
         Ok(())
@@ -188,14 +264,21 @@ impl Output {
     /// it would without a VM in between.
     pub fn abandon(&mut self, outgoing: &mut Outgoing) -> Result<(), FrameError> {
         if self.is_closed() {
-            Ok(())
-        } else {
-            self.close(outgoing)
+            return Ok(());
         }
+        if self.is_terminal {
+            self.discarded = true;
+            self.readable = true;
+            return outgoing.push_at_leisure(self.process, &Frame::Close(self.stream));
+        }
+        self.close(outgoing)
     }
 
     fn close(&mut self, outgoing: &mut Outgoing) -> Result<(), FrameError> {
         self.pipe = None;
+        if self.discarded {
+            return Ok(());
+        }
         // Most close theirs by ending, and then the exit status follows at once.
         outgoing.push_at_leisure(self.process, &Frame::Close(self.stream))
     }
@@ -209,6 +292,8 @@ pub struct Input {
     closed_by_host: bool,
     /// Whether the pipe may take bytes; set by its readiness, cleared when it is full.
     pub writable: bool,
+    /// Whether it is a terminal, which is not closed when the host has no more.
+    is_terminal: bool,
 }
 
 /// The host sent what it must not.
@@ -229,7 +314,28 @@ impl Input {
             buffer: VecDeque::new(),
             closed_by_host: false,
             writable: true,
+            is_terminal: false,
         }
+    }
+
+    /// What is typed on a terminal.
+    pub fn of_terminal(process: u16, terminal: OwnedFd) -> Self {
+        Self {
+            is_terminal: true,
+            ..Self::new(process, terminal)
+        }
+    }
+
+    /// Goes on where another has begun, with what that has not written.
+    pub fn take_over(&mut self, other: &mut Self) {
+        self.buffer = std::mem::take(&mut other.buffer);
+        self.closed_by_host = other.closed_by_host;
+    }
+
+    /// Whether a terminal has refused bytes. It does not always tell when it takes some again: what a line discipline throws
+    /// away makes room without a word.
+    pub fn is_stuck(&self) -> bool {
+        self.is_terminal && !self.writable && !self.buffer.is_empty() && self.pipe.is_some()
     }
 
     /// Takes bytes from the host.
@@ -283,7 +389,7 @@ impl Input {
             consumed = consumed.saturating_add(self.buffer.len());
             self.buffer.clear();
         }
-        if self.closed_by_host && self.buffer.is_empty() {
+        if self.closed_by_host && self.buffer.is_empty() && !self.is_terminal {
             self.pipe = None;
         }
         match u32::try_from(consumed) {

@@ -1,4 +1,5 @@
-//! The container stub: the child that is forked before the freeze and becomes the container's process after it.
+//! Children of the agent: the container stub, which is begun before the freeze and becomes the container's main process after
+//! it, and the copies of the agent that become its other processes.
 //!
 //! Everything that forking a process takes is so done once, in the template. The stub holds all signals back until
 //! its `execve`, so that one which comes early waits for the container.
@@ -15,12 +16,13 @@
     )
 )]
 
+use std::cell::RefCell;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
 use picovm_guest_protocol::frame::MAIN;
-use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, StartFailure};
+use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, ProcessSpec, StartFailure};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -30,11 +32,14 @@ use rustix::process::{Pid, Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 
 use crate::accounts::Accounts;
+use crate::agent::Terminal;
+use crate::cgroup::{self, Cgroup};
+use crate::container::{self, Ground};
 use crate::error::{Attempt, InitError};
-use crate::start::{self, failure};
+use crate::start::{self, Connections, failure};
 
-/// What the agent holds of the container: its own ends of the pipes.
-pub struct Container {
+/// What the agent holds of a process: its own ends of the pipes.
+pub struct Pipes {
     /// Where its standard input is written; non-blocking.
     pub stdin: OwnedFd,
     /// Where its standard output is read; non-blocking.
@@ -53,8 +58,8 @@ pub struct Ends {
     failure: OwnedFd,
 }
 
-/// Makes the pipes between agent and container.
-pub fn pipes() -> Result<(Container, Ends), InitError> {
+/// Makes the pipes between agent and a process.
+pub fn pipes() -> Result<(Pipes, Ends), InitError> {
     let pipe = || pipe_with(PipeFlags::CLOEXEC).attempt(|| "make a pipe".into());
     let (stdin_read, stdin) = pipe()?;
     let (stdout, stdout_write) = pipe()?;
@@ -63,7 +68,7 @@ pub fn pipes() -> Result<(Container, Ends), InitError> {
     for end in [&stdin, &stdout, &stderr, &failure] {
         rustix::io::ioctl_fionbio(end, true).attempt(|| "make a pipe non-blocking".into())?;
     }
-    let container = Container {
+    let pipes = Pipes {
         stdin,
         stdout,
         stderr,
@@ -75,7 +80,7 @@ pub fn pipes() -> Result<(Container, Ends), InitError> {
         stderr: stderr_write,
         failure: failure_write,
     };
-    Ok((container, ends))
+    Ok((pipes, ends))
 }
 
 /// Soft and hard limit of open files, as service managers have it.
@@ -136,28 +141,194 @@ impl Stack {
     }
 }
 
+/// What a stub is made with.
+#[derive(Clone, Copy)]
+pub struct Setting<'a> {
+    /// Where it runs.
+    pub stack: &'a Stack,
+    /// The image's account files.
+    pub accounts: &'a Accounts,
+    /// What the container gets of the machine.
+    pub ground: &'a Ground,
+    /// The control connection.
+    pub control: BorrowedFd<'a>,
+    /// The terminal that is ready for it.
+    pub terminal: Option<&'a Terminal>,
+}
+
+/// What the agent has to know of the spec that its stub has taken. The stub sets it, in the memory that both share.
+#[derive(Debug, Default)]
+pub struct Taken {
+    /// Whether there is no main process, and the agent serves without.
+    pub is_idle: bool,
+    /// Whether the main process has a terminal.
+    pub has_terminal: bool,
+    /// Whether the agent goes on after the main process's end.
+    pub stays: bool,
+    /// Whether the agent says when the main process's program runs.
+    pub announces: bool,
+    /// What the host has sent for the agent while the stub read from the connection.
+    pub early: Vec<(u16, Frame)>,
+}
+
+/// A stub that has become the container's main process, or has ended.
+#[derive(Debug)]
+pub struct Begun {
+    /// Its process.
+    pub pid: Pid,
+    /// What it was to run.
+    pub taken: Taken,
+}
+
 /// Begins the stub, a child in the memory of this process, which waits until the stub has called `execve` or ended
 /// (`vfork(2)`). So a stub has no memory of its own that its `execve` would have to take down in each clone.
 ///
-/// In it, `life` runs and gives what to run, or `None` if that comes as the first frame from `control`.
+/// In it, `life` runs and gives what to run, or `None` if that comes as the first frame from the control connection.
 pub fn begin(
-    stack: &Stack,
+    setting: Setting<'_>,
     ends: Ends,
-    accounts: &Accounts,
-    control: BorrowedFd<'_>,
     life: impl FnOnce() -> Result<Option<ContainerSpec>, StartFailure>,
-) -> Result<Pid, InitError> {
+) -> Result<Begun, InitError> {
+    let taken = RefCell::new(Taken::default());
     let run = || {
-        let failed = match prepare(&ends) {
-            Ok(no_input) => match life().and_then(|spec| spec.map_or_else(|| receive(control), Ok)) {
-                Ok(spec) => start::exec(&spec.process, accounts, no_input.as_fd()),
-                Err(failed) => failed,
-            },
-            Err(failed) => failed,
-        };
-        report(&ends.failure, failed);
+        let begun =
+            prepare(&ends).and_then(|no_input| become_container(setting, no_input.as_fd(), &taken, life));
+        match begun {
+            // The agent needs nobody in the stub's place.
+            Ok(Idle) => {}
+            Err(failed) => report(&ends.failure, failed),
+        }
     };
-    clone(stack, run)
+    let pid = clone(setting.stack, run)?;
+    let taken = taken.into_inner();
+    Ok(Begun { pid, taken })
+}
+
+/// There is nothing to execute.
+struct Idle;
+
+fn become_container(
+    setting: Setting<'_>,
+    no_input: BorrowedFd<'_>,
+    taken: &RefCell<Taken>,
+    life: impl FnOnce() -> Result<Option<ContainerSpec>, StartFailure>,
+) -> Result<Idle, StartFailure> {
+    let spec = life()?.map_or_else(|| receive(setting.control), Ok)?;
+    {
+        let mut taken = taken.borrow_mut();
+        taken.stays = spec.stay;
+        taken.announces = spec.announce;
+        taken.has_terminal = spec.process.terminal.is_some();
+    }
+    let early = container::arrange(&spec, setting.ground, setting.control)?;
+    // Users may have come with the writable layer.
+    let own_accounts = spec.layer.then(Accounts::read);
+    {
+        let mut taken = taken.borrow_mut();
+        taken.early = early;
+        taken.is_idle = spec.process.args.is_empty();
+        if taken.is_idle {
+            return Ok(Idle);
+        }
+    }
+    let connections = Connections {
+        no_input,
+        terminal: setting.terminal,
+        is_console: true,
+    };
+    let accounts = own_accounts.as_ref().unwrap_or(setting.accounts);
+    Err(start::exec(&spec.process, accounts, connections))
+}
+
+/// Begins a further process of the container, as a copy of this one that becomes it.
+pub fn begin_other(
+    spec: &ProcessSpec,
+    ends: &Ends,
+    ground: &Ground,
+    terminal: Option<&Terminal>,
+) -> rustix::io::Result<Pid> {
+    let group = ground.cgroup.as_ref();
+    if let Some(pid) = fork(group.map(Cgroup::directory))? {
+        return Ok(pid);
+    }
+    end_with(|| {
+        let exec = || {
+            let no_input = prepare(ends)?;
+            if group.is_some() {
+                own_namespace()?;
+            }
+            if ground.is_guest {
+                confine()?;
+            }
+            let connections = Connections {
+                no_input: no_input.as_fd(),
+                terminal,
+                is_console: false,
+            };
+            Err::<std::convert::Infallible, _>(start::exec(spec, &Accounts::read(), connections))
+        };
+        let Err(failed) = exec();
+        report(&ends.failure, failed);
+        NOT_STARTED
+    })
+}
+
+/// Makes a copy of this process the agent's helper, with the streams, the signals and the chances of any process. Gives a
+/// descriptor of nothing.
+pub fn become_helper(ends: Ends, is_guest: bool) -> Result<OwnedFd, StartFailure> {
+    let nothing = prepare(&ends)?;
+    if is_guest {
+        crate::identity::set_oom_score(0)
+            .map_err(|error| failure("set oom_score_adj", error.raw_os_error().unwrap_or(0), error))?;
+    }
+    start::unblock_signals()?;
+    Ok(nothing)
+}
+
+/// Exit status of a child that has not become what it was to.
+const NOT_STARTED: u8 = 125;
+
+/// Ends a copy of this process with the status that `run` gives: it never returns into the life of what it was copied from.
+pub fn end_with(run: impl FnOnce() -> u8) -> ! {
+    let _no_return = NoReturn;
+    let status = run();
+    // SAFETY: ends this process at once; the destructors' work is that of what it was copied from.
+    unsafe { libc::_exit(status.into()) }
+}
+
+/// Makes a copy of this process, in a control group if one is given. Gives the copy's id, or `None` in the copy, which has to end
+/// by [`end_with`].
+pub fn fork(group: Option<BorrowedFd<'_>>) -> rustix::io::Result<Option<Pid>> {
+    const INTO_CGROUP: u64 = 0x2_0000_0000;
+    /// `struct clone_args`: flags, four others, exit signal, five others, group.
+    #[repr(C)]
+    #[derive(Default)]
+    struct CloneArgs {
+        flags: u64,
+        pidfd: u64,
+        child_tid: u64,
+        parent_tid: u64,
+        exit_signal: u64,
+        stack: [u64; 2],
+        tls: u64,
+        set_tid: [u64; 2],
+        cgroup: u64,
+    }
+    let group = group.map(|group| u64::try_from(group.as_raw_fd()).unwrap_or(u64::MAX));
+    let arguments = CloneArgs {
+        flags: group.map_or(0, |_| INTO_CGROUP),
+        exit_signal: libc::SIGCHLD.unsigned_abs().into(),
+        cgroup: group.unwrap_or_default(),
+        ..CloneArgs::default()
+    };
+    // To be born in a group takes nothing; to be moved there waits for a grace period.
+    // SAFETY: the structure is laid out as the call reads it and outlives it. Without a flag that shares memory the child is
+    // a copy of this process, which has one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<CloneArgs>()) };
+    match i32::try_from(pid) {
+        Ok(pid) if pid >= 0 => Ok(Pid::from_raw(pid)),
+        _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL)),
+    }
 }
 
 /// Runs `run` as a child process on `stack` and in the memory of this one, which goes on when the child has called
@@ -199,7 +370,7 @@ impl Drop for NoReturn {
 
 fn exit() -> ! {
     // SAFETY: ends this process at once; nothing of what it shares with its parent needs its destructors.
-    unsafe { libc::_exit(125) }
+    unsafe { libc::_exit(NOT_STARTED.into()) }
 }
 
 /// All that is the same for every container. Gives `/dev/null`, for one without standard input.
@@ -234,6 +405,24 @@ pub fn withhold_capabilities() -> Result<(), StartFailure> {
     Ok(())
 }
 
+/// Moves the stub into its control group, which is then all that it sees of control groups.
+pub fn enter_group(group: Option<&Cgroup>) -> Result<(), StartFailure> {
+    let Some(group) = group else { return Ok(()) };
+    group.enter().map_err(|error| {
+        failure(
+            "enter the control group",
+            error.raw_os_error().unwrap_or(0),
+            error,
+        )
+    })?;
+    own_namespace()
+}
+
+fn own_namespace() -> Result<(), StartFailure> {
+    cgroup::own_namespace()
+        .map_err(|error| failure("make a namespace of control groups", error.raw_os_error(), error))
+}
+
 /// Blocks every signal and lets SIGPIPE, which Rust programs ignore, do what it does by default.
 fn hold_signals() {
     // SAFETY: the set is initialised by sigfillset before it is used; SIG_DFL is a valid disposition.
@@ -248,20 +437,49 @@ fn hold_signals() {
 /// Receives the spec, the first frame from the host, and not a byte of what follows, which is the agent's.
 fn receive(control: BorrowedFd<'_>) -> Result<ContainerSpec, StartFailure> {
     let failed = |message: &dyn std::fmt::Display| failure("receive what to run", 0, message);
+    match receive_frame(control) {
+        Ok((MAIN, Frame::Spec(spec))) => Ok(spec),
+        Ok(_) => Err(failed(&"the host sent another frame")),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+/// Receives one frame, and not a byte of what follows.
+pub fn receive_frame(control: BorrowedFd<'_>) -> io::Result<(u16, Frame)> {
     let mut decoder = FrameDecoder::default();
     loop {
-        let missing = decoder.missing().map_err(|error| failed(&error))?;
+        let missing = decoder.missing().map_err(io::Error::other)?;
         if missing == 0 {
             break;
         }
         let mut part = vec![0; missing];
-        read_exactly(control, &mut part).map_err(|error| failed(&error))?;
+        read_exactly(control, &mut part)?;
         decoder.push(&part);
     }
-    match decoder.next_frame() {
-        Ok(Some((MAIN, Frame::Spec(spec)))) => Ok(spec),
-        Ok(_) => Err(failed(&"the host sent another frame")),
-        Err(error) => Err(failed(&error)),
+    let frame = decoder.next_frame().map_err(io::Error::other)?;
+    frame.ok_or_else(|| io::Error::other("half a frame"))
+}
+
+/// Sends one frame, however long that takes.
+pub fn send_frame(control: BorrowedFd<'_>, process: u16, frame: &Frame) -> io::Result<()> {
+    let mut bytes = Vec::new();
+    frame.encode(process, &mut bytes).map_err(io::Error::other)?;
+    let mut rest = bytes.as_slice();
+    while !rest.is_empty() {
+        match rustix::io::write(control, rest) {
+            Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => wait_for(control, PollFlags::OUT)?,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn wait_for(control: BorrowedFd<'_>, what: PollFlags) -> io::Result<()> {
+    match poll(&mut [PollFd::new(&control, what)], None) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -273,13 +491,7 @@ fn read_exactly(from: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<()> {
             Ok(0) => return Err(io::Error::other("the host has gone")),
             Ok(count) => rest = rest.get_mut(count..).unwrap_or_default(),
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => {
-                let mut fds = [PollFd::new(&from, PollFlags::IN)];
-                match poll(&mut fds, None) {
-                    Ok(_) | Err(Errno::INTR) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
+            Err(Errno::AGAIN) => wait_for(from, PollFlags::IN)?,
             Err(error) => return Err(error.into()),
         }
     }

@@ -1,21 +1,26 @@
 //! Agent and stub together, on the host: a forked process is the agent, its child the container, a socket pair the
 //! control port. Only what makes a machine (mounts, trap, identity) is absent.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use picovm_guest_protocol::frame::{DATA_MAX, INITIAL_CREDIT, MAIN};
-use picovm_guest_protocol::{ContainerExit, ContainerSpec, Frame, FrameDecoder, ProcessSpec, Stream};
+use picovm_guest_protocol::frame::{DATA_MAX, INITIAL_CREDIT, LAYER, MAIN, PROCESSES_MAX};
+use picovm_guest_protocol::{
+    ContainerExit, ContainerSpec, Frame, FrameDecoder, Helper, PathStatus, ProcessSpec, Stream, Task,
+    TerminalSize,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, WaitOptions};
 
 use crate::accounts::Accounts;
 use crate::agent::Agent;
+use crate::container::Ground;
 use crate::rehearsal;
-use crate::stub::{self, Stack};
+use crate::stub::{self, Setting, Stack};
 
 /// Nothing here takes a second on an idle machine; this is for a busy one.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -34,6 +39,24 @@ struct Host {
     /// Whether bytes that come are credited at once.
     generous: bool,
     owed: [u32; 2],
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+    closed: Vec<Stream>,
+    exit: Option<ContainerExit>,
+    /// Whether more may come after the main process's exit.
+    stays: bool,
+    others: BTreeMap<u16, Other>,
+    /// Numbers of processes in the order of their ends.
+    ends: Vec<u16>,
+    /// How often it was said that the program runs.
+    started: usize,
+    /// Credit for the layer.
+    layer_credit: usize,
+}
+
+/// What has come of a process beside the main one. Its bytes are credited at once.
+#[derive(Default)]
+struct Other {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
     closed: Vec<Stream>,
@@ -83,21 +106,30 @@ fn live(control: OwnedFd, spec: Option<ContainerSpec>) -> bool {
     // As PID 1 it would be the parent of orphans.
     // SAFETY: this option takes plain integers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
-    let begun = stub::pipes().and_then(|(container, ends)| {
-        let agent = Agent::new(control, container)?;
+    let ground = Ground::default();
+    let begun = stub::pipes().and_then(|(pipes, ends)| {
+        let agent = Agent::new(control, pipes, &ground)?;
         let stack = Stack::allocate()?;
-        let pid = stub::begin(&stack, ends, &accounts, agent.control(), || {
+        let setting = Setting {
+            stack: &stack,
+            accounts: &accounts,
+            ground: &ground,
+            control: agent.control(),
+            terminal: agent.terminal(),
+        };
+        let begun = stub::begin(setting, ends, || {
             if rustix::process::geteuid().is_root() {
                 stub::withhold_capabilities()?;
             }
             Ok(spec)
         })?;
-        Ok((agent, pid))
+        Ok((agent, begun))
     });
-    let Ok((agent, group)) = begun else {
+    let Ok((agent, begun)) = begun else {
         return false;
     };
-    let served = agent.serve(group);
+    let group = begun.pid;
+    let served = agent.serve(begun);
     // Where the guest would power off.
     let _ = rustix::process::kill_process(group, Signal::KILL);
     let _ = rustix::process::kill_process_group(group, Signal::KILL);
@@ -110,6 +142,7 @@ impl Host {
     }
 
     fn start_container(spec: Option<ContainerSpec>) -> Self {
+        let stays = spec.as_ref().is_some_and(|spec| spec.stay);
         let _no_other_fork = no_fork();
         let (control, guest) = rehearsal::control_pair().unwrap();
         // SAFETY: the child uses only the forking thread's own state and glibc's allocator, which is usable after
@@ -139,11 +172,51 @@ impl Host {
             stderr: Vec::new(),
             closed: Vec::new(),
             exit: None,
+            stays,
+            others: BTreeMap::new(),
+            ends: Vec::new(),
+            started: 0,
+            layer_credit: INITIAL_CREDIT as usize,
         }
     }
 
     fn send(&mut self, frame: &Frame) {
-        frame.encode(MAIN, &mut self.unsent).unwrap();
+        self.send_to(MAIN, frame);
+    }
+
+    fn send_to(&mut self, process: u16, frame: &Frame) {
+        frame.encode(process, &mut self.unsent).unwrap();
+    }
+
+    fn exec(&mut self, process: u16, spec: ProcessSpec) {
+        self.send_to(process, &Frame::Exec(spec));
+    }
+
+    /// Runs a helper to its end with this input, and gives its exit and outputs.
+    fn help(&mut self, process: u16, helper: Helper, input: &[u8]) -> (ContainerExit, Vec<u8>, String) {
+        self.send_to(process, &Frame::Help(helper));
+        assert!(input.len() <= INITIAL_CREDIT as usize);
+        for bytes in input.chunks(DATA_MAX) {
+            self.send_to(process, &Frame::Data(Stream::Stdin, bytes.to_vec()));
+        }
+        self.send_to(process, &Frame::Close(Stream::Stdin));
+        self.other(process)
+    }
+
+    /// Serves until this process has ended, and forgets it.
+    fn other(&mut self, process: u16) -> (ContainerExit, Vec<u8>, String) {
+        self.until(|host| {
+            host.others
+                .get(&process)
+                .is_some_and(|other| other.exit.is_some())
+        });
+        let other = self.others.remove(&process).unwrap();
+        let errors = String::from_utf8_lossy(&other.stderr).into_owned();
+        (other.exit.unwrap(), other.stdout, errors)
+    }
+
+    fn stdout_of(&self, process: u16) -> &[u8] {
+        self.others.get(&process).map_or(b"", |other| &other.stdout)
     }
 
     fn close_input(&mut self) {
@@ -188,9 +261,22 @@ impl Host {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(_) => return false,
         }
-        while let Some((_, frame)) = self.decoder.next_frame().unwrap() {
-            assert_eq!(self.exit, None, "{frame:?} after the last frame");
-            self.take(frame);
+        while let Some((process, frame)) = self.decoder.next_frame().unwrap() {
+            if process == MAIN {
+                assert_eq!(self.exit, None, "{frame:?} after the last frame");
+                self.take(frame);
+            } else if process == LAYER {
+                let Frame::Credit(Stream::Stdin, bytes) = frame else {
+                    panic!("{frame:?} for the layer");
+                };
+                self.layer_credit += bytes as usize;
+            } else {
+                assert!(
+                    self.exit.is_none() || self.stays,
+                    "{frame:?} after the last frame"
+                );
+                self.take_other(process, frame);
+            }
         }
         true
     }
@@ -220,8 +306,46 @@ impl Host {
                     "credit from nothing"
                 );
             }
-            Frame::Exit(exit) => self.exit = Some(exit),
+            Frame::Started => self.started += 1,
+            Frame::Exit(exit) => {
+                self.exit = Some(exit);
+                self.ends.push(MAIN);
+            }
             other => panic!("{other:?} from the guest"),
+        }
+    }
+
+    fn take_other(&mut self, process: u16, frame: Frame) {
+        let other = self.others.entry(process).or_default();
+        assert_eq!(other.exit, None, "{frame:?} after the last frame of {process}");
+        match frame {
+            Frame::Data(stream, bytes) => {
+                assert!(
+                    !other.closed.contains(&stream),
+                    "data after the end of {stream:?}"
+                );
+                match stream {
+                    Stream::Stdout => other.stdout.extend(&bytes),
+                    Stream::Stderr => other.stderr.extend(&bytes),
+                    Stream::Stdin => panic!("standard input from the guest"),
+                }
+                let count = u32::try_from(bytes.len()).unwrap();
+                self.send_to(process, &Frame::Credit(stream, count));
+            }
+            Frame::Close(stream) => other.closed.push(stream),
+            Frame::Credit(Stream::Stdin, _) => {}
+            Frame::Exit(exit) => {
+                if !matches!(exit, ContainerExit::NotStarted(_)) {
+                    assert_eq!(
+                        other.closed.len(),
+                        2,
+                        "process {process} ended before its outputs"
+                    );
+                }
+                other.exit = Some(exit);
+                self.ends.push(process);
+            }
+            frame => panic!("{frame:?} of {process} from the guest"),
         }
     }
 
@@ -509,7 +633,7 @@ fn a_program_that_cannot_be_executed_is_126() {
 
 #[test]
 fn a_container_without_a_program_is_125() {
-    let (exit, ..) = run(ProcessSpec::default());
+    let (exit, ..) = run(program(""));
     assert_eq!(exit.shell_status(), 125, "{exit:?}");
     let (exit, ..) = run(program("tr\0ue"));
     assert_eq!(exit.shell_status(), 125, "{exit:?}");
@@ -617,6 +741,11 @@ fn a_host_that_breaks_the_protocol_is_left() {
         Frame::Credit(Stream::Stdin, 1),
         Frame::Credit(Stream::Stdout, u32::MAX),
         Frame::Exit(ContainerExit::Code(0)),
+        Frame::OutOfMemory,
+        Frame::Started,
+        Frame::Spec(ContainerSpec::default()),
+        Frame::Exec(shell("true")),
+        Frame::Help(Helper::Tasks),
     ];
     for frame in wrong {
         let mut host = Host::start(Some(shell("sleep 1000")));
@@ -641,4 +770,416 @@ fn a_host_that_goes_away_is_noticed() {
     host.until(|host| host.stdout == b"up\n");
     rustix::net::shutdown(host.control.as_fd(), rustix::net::Shutdown::Both).unwrap();
     assert_eq!(host.finish(), AgentEnd::Failed);
+}
+
+fn terminal(script: &str) -> ProcessSpec {
+    ProcessSpec {
+        terminal: Some(TerminalSize {
+            rows: 25,
+            columns: 80,
+        }),
+        ..shell(script)
+    }
+}
+
+#[test]
+fn processes_run_beside_the_main_one_each_with_its_streams() {
+    let mut host = Host::start(Some(shell("read x; echo main $x; exit 3")));
+    host.exec(7, shell("echo out; echo err >&2; exit 4"));
+    host.exec(9, shell("cat; exit 5"));
+    let (exit, stdout, stderr) = host.other(7);
+    assert_eq!(exit, ContainerExit::Code(4), "{stderr}");
+    assert_eq!((stdout.as_slice(), stderr.as_str()), (&b"out\n"[..], "err\n"));
+    host.send_to(9, &Frame::Data(Stream::Stdin, b"hello".to_vec()));
+    host.until(|host| host.stdout_of(9) == b"hello");
+    // A number can be used again.
+    host.exec(7, program("/no/such/program"));
+    assert_eq!(host.other(7).0.shell_status(), 127);
+    host.send_to(9, &Frame::Close(Stream::Stdin));
+    assert_eq!(host.other(9).0, ContainerExit::Code(5));
+    host.input = b"done\n".to_vec();
+    host.close_input();
+    assert_eq!(host.exit(), ContainerExit::Code(3));
+    assert_eq!(host.stdout, b"main done\n");
+}
+
+#[test]
+fn a_process_is_signalled_by_its_number() {
+    let mut host = Host::start(Some(shell("read x; exit 1")));
+    host.exec(2, shell("echo up; sleep 1000"));
+    host.until(|host| host.stdout_of(2) == b"up\n");
+    host.send_to(2, &Frame::Signal(10));
+    assert_eq!(host.other(2).0, ContainerExit::Signal(10));
+    // To nobody.
+    host.send_to(2, &Frame::Signal(9));
+    host.send_to(2, &Frame::Credit(Stream::Stdout, 5));
+    host.send_to(2, &Frame::Data(Stream::Stdin, b"x".to_vec()));
+    host.close_input();
+    assert_eq!(host.exit(), ContainerExit::Code(1));
+}
+
+#[test]
+fn the_container_ends_with_its_main_process_and_that_is_told_last() {
+    let mut host = Host::start(Some(shell("read x; exit 6")));
+    for process in [11, 12] {
+        host.exec(process, shell("echo up; sleep 1000"));
+        host.until(|host| host.stdout_of(process) == b"up\n");
+    }
+    host.close_input();
+    assert_eq!(host.exit(), ContainerExit::Code(6));
+    assert_eq!(host.ends.last(), Some(&MAIN));
+    for process in [11, 12] {
+        assert_eq!(host.others[&process].exit, Some(ContainerExit::Signal(9)));
+    }
+}
+
+#[test]
+fn a_number_in_use_and_one_process_too_many_are_refused() {
+    let refused = |exit: Option<&ContainerExit>, why: &str| match exit {
+        Some(ContainerExit::NotStarted(failure)) => assert!(failure.message.contains(why), "{failure:?}"),
+        other => panic!("{other:?}"),
+    };
+    let mut host = Host::start(Some(shell("read x")));
+    host.exec(1, shell("read x"));
+    host.exec(1, shell("exit 9"));
+    refused(Some(&host.other(1).0), "in use");
+    host.close_input();
+    host.finish();
+
+    let mut host = Host::start(Some(shell("read x")));
+    let count = u16::try_from(PROCESSES_MAX).unwrap();
+    for process in 1..count {
+        host.exec(process, shell("read x"));
+    }
+    host.exec(count, shell("exit 9"));
+    refused(Some(&host.other(count).0), "too many");
+    host.close_input();
+    assert_eq!(host.exit(), ContainerExit::Code(1));
+    assert_eq!(host.ends.len(), PROCESSES_MAX + 1);
+}
+
+#[test]
+fn what_an_ended_process_has_left_behind_holds_nothing_up() {
+    let mut host = Host::start(Some(shell("read x")));
+    host.exec(3, shell("(while :; do echo more; done) & echo first; exit 2"));
+    let (exit, stdout, _) = host.other(3);
+    assert_eq!(exit, ContainerExit::Code(2));
+    assert!(stdout.windows(6).any(|line| line == b"first\n"));
+    host.close_input();
+    assert_eq!(host.exit(), ContainerExit::Code(1));
+}
+
+#[test]
+fn one_who_never_stops_writing_leaves_others_their_turn() {
+    let mut host = Host::start(Some(program("yes")));
+    host.exec(1, program("yes"));
+    host.exec(2, shell("seq 1 20000"));
+    host.exec(3, program("yes"));
+    let (exit, stdout, _) = host.other(2);
+    assert_eq!(exit, ContainerExit::Code(0));
+    assert!(stdout.ends_with(b"19999\n20000\n"));
+    host.send(&Frame::Signal(9));
+    assert_eq!(host.exit(), ContainerExit::Signal(9));
+}
+
+#[test]
+fn a_process_without_credit_for_its_output_holds_up_no_other() {
+    let mut host = Host::start(Some(program("yes")));
+    host.generous = false;
+    host.until(|host| host.owed[0] == INITIAL_CREDIT);
+    host.exec(1, shell("echo fine"));
+    assert_eq!(host.other(1).1, b"fine\n");
+    host.send(&Frame::Signal(9));
+    host.generous = true;
+    host.pay(Stream::Stdout, u32::MAX);
+    assert_eq!(host.exit(), ContainerExit::Signal(9));
+}
+
+#[test]
+fn a_terminal_is_one_with_its_size_its_user_and_an_end() {
+    let script = "tty; stty size; test -t 2 && test -t 0 && echo all; echo $TERM; \
+                  trap 'stty size; exit 8' WINCH; echo ready; while :; do sleep 0.01; done";
+    let mut host = Host::start(Some(terminal(script)));
+    host.until(|host| host.stdout.ends_with(b"ready\r\n"));
+    let text = String::from_utf8(host.stdout.clone()).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].starts_with("/dev/pts/"), "{text}");
+    assert_eq!(lines[1..4], ["25 80", "all", "xterm"]);
+    host.send(&Frame::Resize(TerminalSize {
+        rows: 40,
+        columns: 132,
+    }));
+    assert_eq!(host.exit(), ContainerExit::Code(8));
+    assert!(host.stdout.ends_with(b"40 132\r\n"));
+    assert_eq!(host.stderr, b"");
+}
+
+#[test]
+fn what_is_typed_reaches_the_terminal_and_ctrl_c_its_foreground() {
+    let mut host = Host::start(Some(terminal(
+        "stty -echo; echo ready; read x; echo got $x; exec cat",
+    )));
+    host.until(|host| host.stdout == b"ready\r\n");
+    host.input = b"typed\n".to_vec();
+    host.until(|host| host.stdout.ends_with(b"got typed\r\n"));
+    // The end of the host's input is not that of a terminal.
+    host.close_input();
+    host.step(Duration::from_millis(100));
+    assert_eq!(host.exit, None);
+    let mut host = Host::start(Some(terminal("stty -echo; echo ready; exec cat")));
+    host.until(|host| host.stdout == b"ready\r\n");
+    host.input = b"\x03".to_vec();
+    assert_eq!(host.exit(), ContainerExit::Signal(2));
+}
+
+#[test]
+fn a_terminal_beside_the_main_process_has_all_of_its_output() {
+    let mut host = Host::start(Some(shell("read x")));
+    host.exec(1, terminal("seq 1 30000"));
+    let (exit, stdout, _) = host.other(1);
+    assert_eq!(exit, ContainerExit::Code(0));
+    assert_eq!(String::from_utf8_lossy(&stdout).lines().count(), 30_000);
+    host.exec(
+        1,
+        ProcessSpec {
+            args: vec![b"/no/such".to_vec()],
+            ..terminal("")
+        },
+    );
+    assert_eq!(host.other(1).0.shell_status(), 127);
+    host.send(&Frame::Resize(TerminalSize::default()));
+    host.close_input();
+    assert_eq!(host.exit(), ContainerExit::Code(1));
+    let (exit, ..) = run(ProcessSpec {
+        args: vec![b"/no/such".to_vec()],
+        ..terminal("")
+    });
+    assert_eq!(exit.shell_status(), 127);
+}
+
+#[test]
+fn nobody_reads_a_terminal_and_it_goes_on() {
+    let mut host = Host::start(Some(terminal(
+        "stty -echo; echo up; seq 1 100000; read x; exit 4",
+    )));
+    host.until(|host| host.stdout.starts_with(b"up"));
+    host.send(&Frame::Close(Stream::Stdout));
+    host.input = b"x\n".to_vec();
+    host.step(Duration::from_millis(10));
+    let give_up = Instant::now() + DEADLINE;
+    while host.exit.is_none() {
+        assert!(Instant::now() < give_up);
+        host.step(Duration::from_millis(10));
+    }
+    assert_eq!(host.exit, Some(ContainerExit::Code(4)));
+}
+
+#[test]
+fn limits_of_a_process_are_set() {
+    let (exit, stdout, stderr) = run(ProcessSpec {
+        rlimits: vec![(7, 100, 200), (4, 0, u64::MAX)],
+        no_new_privileges: true,
+        ..shell("ulimit -Sn; ulimit -Hn; grep NoNewPrivs /proc/self/status")
+    });
+    assert_eq!(exit, ContainerExit::Code(0), "{stderr}");
+    assert_eq!(stdout, "100\n200\nNoNewPrivs:\t1\n");
+    let (exit, ..) = run(ProcessSpec {
+        rlimits: vec![(16, 0, 0)],
+        ..shell("")
+    });
+    assert!(format!("{exit:?}").contains("no such resource"), "{exit:?}");
+}
+
+#[test]
+fn capabilities_and_groups_are_as_told() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let (exit, stdout, stderr) = run(ProcessSpec {
+        // CHOWN, NET_RAW, and one that there is not.
+        drop_capabilities: 1 | 1 << 13 | 1 << 63,
+        groups: vec![b"extra".to_vec(), b"4242".to_vec()],
+        ..shell("id -G; grep -E 'Cap(Eff|Bnd)' /proc/self/status")
+    });
+    assert_eq!(exit, ContainerExit::Code(0), "{stderr}");
+    let mut lines = stdout.lines();
+    assert_eq!(lines.next(), Some("0 77 4242"));
+    for line in lines {
+        let set = u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap();
+        assert_eq!(set & (1 | 1 << 13), 0, "{line}");
+    }
+    let (exit, ..) = run(ProcessSpec {
+        groups: vec![b"ghosts".to_vec()],
+        ..shell("")
+    });
+    assert!(format!("{exit:?}").contains("ghosts"), "{exit:?}");
+}
+
+#[test]
+fn one_that_is_idle_serves_until_the_host_goes() {
+    let mut host = Host::start_container(Some(ContainerSpec::default()));
+    host.exec(1, shell("echo here"));
+    assert_eq!(host.other(1).1, b"here\n");
+    host.send(&Frame::Signal(15));
+    let (exit, stdout, errors) = host.help(
+        2,
+        Helper::Stat {
+            path: b"/etc".to_vec(),
+        },
+        b"",
+    );
+    assert_eq!(exit, ContainerExit::Code(0), "{errors}");
+    assert_eq!(postcard::from_bytes::<PathStatus>(&stdout).unwrap().name, b"etc");
+    assert_eq!(host.exit, None);
+    rustix::net::shutdown(host.control.as_fd(), rustix::net::Shutdown::Both).unwrap();
+    assert_eq!(host.finish(), AgentEnd::Failed);
+}
+
+#[test]
+fn one_that_stays_still_helps_after_its_end() {
+    let mut host = Host::start_container(Some(ContainerSpec {
+        stay: true,
+        ..ContainerSpec::of(shell("exit 3"))
+    }));
+    host.until(|host| host.exit.is_some());
+    assert_eq!(host.exit, Some(ContainerExit::Code(3)));
+    let (exit, ..) = host.help(
+        2,
+        Helper::Stat {
+            path: b"/etc".to_vec(),
+        },
+        b"",
+    );
+    assert_eq!(exit, ContainerExit::Code(0));
+    host.exec(3, shell("true"));
+    assert_eq!(host.other(3).0.shell_status(), 125);
+    rustix::net::shutdown(host.control.as_fd(), rustix::net::Shutdown::Both).unwrap();
+    assert_eq!(host.finish(), AgentEnd::Failed);
+}
+
+#[test]
+fn files_go_out_and_in_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let bytes = |name: &str| path(name).to_str().unwrap().as_bytes().to_vec();
+    let long = "n".repeat(200);
+    std::fs::create_dir_all(path("tree/below")).unwrap();
+    std::fs::write(path("tree/below").join(&long), b"content").unwrap();
+    std::fs::hard_link(path("tree/below").join(&long), path("tree/link")).unwrap();
+    std::os::unix::fs::symlink("below", path("tree/soft")).unwrap();
+    std::fs::set_permissions(path("tree/below"), PermissionsExt::from_mode(0o2750)).unwrap();
+    std::fs::create_dir(path("to")).unwrap();
+
+    let mut host = Host::start(Some(shell("read x")));
+    let pack = |name| Helper::Pack {
+        path: bytes(name),
+        follow: false,
+    };
+    let unpack = |name| Helper::Unpack {
+        path: bytes(name),
+        keep_owners: true,
+    };
+    let (exit, archive, errors) = host.help(1, pack("tree"), b"");
+    assert_eq!(exit, ContainerExit::Code(0), "{errors}");
+    let (exit, _, errors) = host.help(2, unpack("to"), &archive);
+    assert_eq!(exit, ContainerExit::Code(0), "{errors}");
+    let file = path("to/tree/below").join(&long);
+    assert_eq!(std::fs::read(&file).unwrap(), b"content");
+    let inode = |path| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(path).unwrap());
+    assert_eq!(inode(file), inode(path("to/tree/link")));
+    let mode = std::fs::metadata(path("to/tree/below"))
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o7777, 0o2750);
+    assert_eq!(
+        std::fs::read_link(path("to/tree/soft")).unwrap().to_str(),
+        Some("below")
+    );
+
+    // Neither takes the other's place, and nothing leads out.
+    std::fs::write(path("file"), b"").unwrap();
+    std::fs::create_dir(path("to2")).unwrap();
+    std::fs::write(path("to2/tree"), b"").unwrap();
+    let (exit, _, errors) = host.help(3, unpack("to2"), &archive);
+    assert_eq!(exit, ContainerExit::Code(1));
+    assert!(errors.contains("non-directory by a directory"), "{errors}");
+    let outside = archive_of("../x");
+    let (exit, _, errors) = host.help(4, unpack("to"), &outside);
+    assert_eq!(exit, ContainerExit::Code(1));
+    assert!(errors.contains(".."), "{errors}");
+    let (_, _, errors) = host.help(5, unpack("to"), &archive_of("/x"));
+    assert!(errors.contains("absolute"), "{errors}");
+    let (exit, _, errors) = host.help(6, unpack("file"), &archive);
+    assert_eq!(exit, ContainerExit::Code(1));
+    assert!(errors.contains("not a directory"), "{errors}");
+    let (exit, _, errors) = host.help(7, unpack("to"), &vec![7; 10_000]);
+    assert_eq!(exit, ContainerExit::Code(1), "{errors}");
+    let (exit, _, errors) = host.help(8, pack("nothing"), b"");
+    assert_eq!(exit, ContainerExit::Code(1), "{errors}");
+    // A helper has its number like any process.
+    let (exit, tasks, _) = host.help(9, Helper::Tasks, b"");
+    assert_eq!(exit, ContainerExit::Code(0));
+    assert!(!postcard::from_bytes::<Vec<Task>>(&tasks).unwrap().is_empty());
+    // Here is neither group nor layer.
+    for helper in [Helper::Usage, Helper::Changes, Helper::SaveLayer] {
+        let (exit, _, errors) = host.help(10, helper, b"");
+        assert_eq!(exit, ContainerExit::Code(1));
+        assert!(errors.starts_with("this machine"), "{errors}");
+    }
+    host.close_input();
+    assert_eq!(host.exit(), ContainerExit::Code(1));
+}
+
+/// An archive with one empty file of this name, which a good archive would not have.
+fn archive_of(name: &str) -> Vec<u8> {
+    let mut header = tar::Header::new_ustar();
+    header.as_ustar_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
+    header.set_mode(0o644);
+    header.set_size(0);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_cksum();
+    let mut builder = tar::Builder::new(Vec::new());
+    builder.append(&header, std::io::empty()).unwrap();
+    builder.into_inner().unwrap()
+}
+
+#[test]
+fn a_helper_holds_no_stream_of_another_open() {
+    let mut host = Host::start(Some(program("cat")).map(|spec| ProcessSpec { stdin: true, ..spec }));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().to_str().unwrap().as_bytes().to_vec();
+    // It waits for input that does not come.
+    host.send_to(
+        1,
+        &Frame::Help(Helper::Unpack {
+            path,
+            keep_owners: false,
+        }),
+    );
+    host.exec(2, shell("sleep 0.2"));
+    host.other(2);
+    host.close_input();
+    assert_eq!(host.exit(), ContainerExit::Code(0));
+    assert_eq!(host.ends, [2, MAIN]);
+}
+
+#[test]
+fn that_the_program_runs_is_told_if_asked_for() {
+    let announced = |spec| {
+        let mut host = Host::start_container(Some(ContainerSpec {
+            announce: true,
+            ..ContainerSpec::of(spec)
+        }));
+        host.exit();
+        host.started
+    };
+    assert_eq!(announced(shell("exit 1")), 1);
+    assert_eq!(announced(terminal("exit 1")), 1);
+    assert_eq!(announced(program("/no/such/program")), 0);
+    let mut host = Host::start(Some(shell("exit 1")));
+    host.exit();
+    assert_eq!(host.started, 0);
 }
