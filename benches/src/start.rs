@@ -247,7 +247,9 @@ fn run_probe<'a>(workspace: &'a Workspace, image: &'static str, options: &'stati
             command
                 .env("PICOVM_HOME", workspace.store.root())
                 .env_remove("PICOVM_GUEST");
-            command.args(["run", "--memory", &format!("{MEMORY_MIB}m")]);
+            // A limit that is served by a machine of this size: see `machine_memory`.
+            let limit = MEMORY_MIB - 32;
+            command.args(["run", "--rm", "--memory", &format!("{limit}m")]);
             command.args(options).args([image, "echo", WORD]);
             process(&mut command)
         },

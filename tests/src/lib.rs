@@ -93,6 +93,29 @@ pub fn binary() -> PathBuf {
         .unwrap_or_else(|| "picovm".into())
 }
 
+/// Ids of the processes that a process has started and that are there.
+#[must_use]
+pub fn children(process: u32) -> Vec<u32> {
+    fs::read_to_string(format!("/proc/{process}/task/{process}/children"))
+        .unwrap_or_default()
+        .split_whitespace()
+        .filter_map(|child| child.parse().ok())
+        .collect()
+}
+
+/// The monitor of the container that this `picovm run` has started, and its VMM process.
+///
+/// # Errors
+/// If there are not just these two.
+pub fn monitor_and_vmm(picovm: u32) -> anyhow::Result<(u32, u32)> {
+    let only = |process: u32, what: &str| match children(process).as_slice() {
+        [child] => Ok(*child),
+        others => Err(anyhow::anyhow!("{process} has {others:?} for its {what}")),
+    };
+    let monitor = only(picovm, "monitor")?;
+    Ok((monitor, only(monitor, "VMM process")?))
+}
+
 /// What a container did.
 #[derive(Debug)]
 pub struct Captured {

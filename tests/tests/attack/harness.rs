@@ -15,6 +15,8 @@ use rustix::process::Pid;
 pub const GOES_ON: i32 = 42;
 /// Memory of every attacking guest, in MiB.
 pub const MEMORY_MIB: u64 = 64;
+/// The limit of a container that such a machine serves.
+const LIMIT: &str = "32m";
 /// What a VMM may take beside its guest's memory, in bytes: program, stacks, buffers of streams and console log. It is 4 MiB
 /// where nobody attacks.
 pub const OWN_MAX: u64 = 8 << 20;
@@ -73,9 +75,8 @@ pub fn picovm(guest: Guest) -> Command {
 fn template(guest: Guest) {
     static BUILT: [OnceLock<()>; 2] = [OnceLock::new(), OnceLock::new()];
     BUILT[guest as usize].get_or_init(|| {
-        let memory = format!("{MEMORY_MIB}m");
         let built = picovm(guest)
-            .args(["template", "build", "--memory", &memory, "--cpus", "2", "debian"])
+            .args(["template", "build", "--memory", LIMIT, "--cpus", "2", "debian"])
             .output()
             .unwrap();
         assert!(
@@ -89,9 +90,8 @@ fn template(guest: Guest) {
 /// `picovm run` with options of its own, in a guest of [`MEMORY_MIB`] and two vCPUs.
 pub fn run(guest: Guest, options: &[&str], arguments: &[&str]) -> Command {
     template(guest);
-    let memory = format!("{MEMORY_MIB}m");
     let mut command = picovm(guest);
-    command.args(["run", "--memory", &memory, "--cpus", "2"]);
+    command.args(["run", "--rm", "--memory", LIMIT, "--cpus", "2"]);
     command.args(options).arg("debian").args(arguments);
     command
 }
@@ -167,10 +167,9 @@ fn memory_of(process: u32) -> Option<(u64, u64)> {
 
 /// The processes that a process has started.
 pub fn children(process: u32) -> Vec<Pid> {
-    fs::read_to_string(format!("/proc/{process}/task/{process}/children"))
-        .unwrap_or_default()
-        .split_whitespace()
-        .filter_map(|child| Pid::from_raw(child.parse().ok()?))
+    picovm_tests::children(process)
+        .into_iter()
+        .filter_map(|child| Pid::from_raw(child.cast_signed()))
         .collect()
 }
 
@@ -179,11 +178,16 @@ pub fn has_guest(process: Pid) -> bool {
     memory_of(process.as_raw_nonzero().get().unsigned_abs()).is_some_and(|(_, guest)| guest > 1 << 20)
 }
 
-/// The same of `picovm` and the VMM process that is its child, whichever is more.
+/// The same of `picovm`, the container's monitor and its VMM process, whichever is most.
 fn most_memory(picovm: u32) -> (u64, u64) {
-    children(picovm)
+    let monitors = picovm_tests::children(picovm);
+    let vmms: Vec<u32> = monitors
         .iter()
-        .map(|child| child.as_raw_nonzero().get().unsigned_abs())
+        .flat_map(|monitor| picovm_tests::children(*monitor))
+        .collect();
+    monitors
+        .into_iter()
+        .chain(vmms)
         .chain([picovm])
         .filter_map(memory_of)
         .fold((0, 0), |most, now| (most.0.max(now.0), most.1.max(now.1)))

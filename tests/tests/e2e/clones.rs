@@ -72,7 +72,7 @@ fn fifty_processes_at_once_are_right_and_leave_nothing() {
     let running: Vec<_> = (0..50u32)
         .map(|number| {
             let text = format!("echo {number}; exit {number}");
-            let child = picovm(&["run", "debian", "sh", "-c", &text])
+            let child = picovm(&["run", "--rm", "debian", "sh", "-c", &text])
                 .stdout(std::process::Stdio::piped())
                 .stderr(std::process::Stdio::piped())
                 .spawn()
@@ -124,28 +124,53 @@ fn a_clone_owns_little_of_its_memory() {
 }
 
 #[test]
-fn a_killed_picovm_leaves_no_process() {
+fn a_container_outlives_its_command_and_a_killed_monitor_leaves_no_process() {
     use std::io::Read;
     template();
-    let mut child = picovm(&["run", "debian", "sh", "-c", "echo up; exec sleep 1000"])
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = picovm(&[
+        "run",
+        "--rm",
+        "--name",
+        "outlives",
+        "debian",
+        "sh",
+        "-c",
+        "echo up; exec sleep 1000",
+    ])
+    .stdout(std::process::Stdio::piped())
+    .spawn()
+    .unwrap();
     let mut said = [0u8; 3];
     child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
-    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap();
-    let vmm: Vec<&str> = children.split_whitespace().collect();
-    assert_eq!(
-        vmm.len(),
-        1,
-        "a clone has one process of its own, without helpers"
-    );
+    // One process of its own for a clone, without helpers.
+    let (monitor, vmm) = picovm_tests::monitor_and_vmm(child.id()).unwrap();
     child.kill().unwrap();
     child.wait().unwrap();
-    let gone = || !std::path::Path::new("/proc").join(vmm[0]).exists();
+    let status = || {
+        let output = picovm(&[
+            "inspect",
+            "--format",
+            "{{.State.Status}} {{.State.ExitCode}}",
+            "outlives",
+        ])
+        .output()
+        .unwrap();
+        stdout(&output)
+    };
+    assert_eq!(status(), "running 0");
+    // SAFETY: a plain system call, on a process that this test has started.
+    assert_eq!(unsafe { libc::kill(monitor as i32, libc::SIGKILL) }, 0);
+    let gone = || {
+        [monitor, vmm]
+            .iter()
+            .all(|id| !std::path::Path::new(&format!("/proc/{id}")).exists())
+    };
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     while !gone() && std::time::Instant::now() < deadline {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    assert!(gone(), "the VMM process {} is left", vmm[0]);
+    assert!(gone(), "the monitor {monitor} or the VMM process {vmm} is left");
+    assert_eq!(status(), "exited 137");
+    let removed = picovm(&["rm", "outlives"]).output().unwrap();
+    assert!(removed.status.success(), "{}", stderr(&removed));
 }

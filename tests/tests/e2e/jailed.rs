@@ -11,7 +11,7 @@ use picovm_engine::{Confinement, Parking, Pool};
 use crate::pool::{alone, gone_within, vmm_processes};
 use crate::{picovm, stderr, stdout, store, template};
 
-/// A container that has said that it is up, and waits; dropping it kills its picovm.
+/// A container that has said that it is up, and waits; dropping it kills its monitor.
 struct Waiting(Child);
 
 impl Waiting {
@@ -24,17 +24,17 @@ impl Waiting {
 
     /// Its VMM process.
     fn vmm(&self) -> String {
-        let id = self.0.id();
-        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
-        let mut children = children.split_whitespace();
-        let vmm = children.next().expect("there is no VMM process").to_owned();
-        assert_eq!(children.next(), None);
-        vmm
+        let (_, vmm) = picovm_tests::monitor_and_vmm(self.0.id()).unwrap();
+        vmm.to_string()
     }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
+        if let Ok((monitor, _)) = picovm_tests::monitor_and_vmm(self.0.id()) {
+            // SAFETY: a plain system call, on a process that a child of this one has started and not waited for.
+            unsafe { libc::kill(monitor as i32, libc::SIGKILL) };
+        }
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -273,7 +273,9 @@ fn two_hundred_jailed_in_sequence_are_right_and_leave_nothing() {
     let before = cgroups();
     for number in 0..200 {
         let text = format!("echo clone {number}; exit {}", number % 100);
-        let output = picovm(&["run", "debian", "sh", "-c", &text]).output().unwrap();
+        let output = picovm(&["run", "--rm", "debian", "sh", "-c", &text])
+            .output()
+            .unwrap();
         assert_eq!(stdout(&output), format!("clone {number}"), "{}", stderr(&output));
         assert_eq!(output.status.code(), Some(number % 100));
     }

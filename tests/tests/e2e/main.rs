@@ -45,7 +45,7 @@ fn picovm(arguments: &[&str]) -> Command {
 /// `picovm run debian sh -c SCRIPT` on the shared store.
 fn shell(script: &str) -> Output {
     template();
-    picovm(&["run", "debian", "sh", "-c", script])
+    picovm(&["run", "--rm", "debian", "sh", "-c", script])
         .output()
         .expect("picovm starts")
 }

@@ -34,7 +34,7 @@ fn standard_output_and_standard_error_are_separate() {
 #[test]
 fn a_command_that_does_not_exist_is_127_and_one_that_cannot_be_executed_126() {
     template();
-    let run = |program: &str| picovm(&["run", "debian", program]).output().unwrap();
+    let run = |program: &str| picovm(&["run", "--rm", "debian", program]).output().unwrap();
     for (program, status) in [
         ("no-such-command", 127),
         ("/no/such/file", 127),
@@ -79,13 +79,15 @@ fn environment_directory_user_and_host_name_are_as_given() {
         "{}",
         stderr(&output)
     );
-    let output = picovm(&["run", "-u", "33:44", "debian", "id"]).output().unwrap();
+    let output = picovm(&["run", "--rm", "-u", "33:44", "debian", "id"])
+        .output()
+        .unwrap();
     assert!(
         stdout(&output).starts_with("uid=33(www-data) gid=44"),
         "{}",
         stdout(&output)
     );
-    let output = picovm(&["run", "-u", "no-such-user", "debian", "true"])
+    let output = picovm(&["run", "--rm", "-u", "no-such-user", "debian", "true"])
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(125));
@@ -140,7 +142,7 @@ fn noise(length: usize) -> Vec<u8> {
 fn what_is_piped_in_comes_out_unchanged_past_a_slow_reader() {
     template();
     let bytes = noise(5_000_000);
-    let mut child = spawn(&["run", "-i", "debian", "cat"]);
+    let mut child = spawn(&["run", "--rm", "-i", "debian", "cat"]);
     let mut stdin = child.stdin.take().unwrap();
     let writer = {
         let bytes = bytes.clone();
@@ -159,7 +161,7 @@ fn what_is_piped_in_comes_out_unchanged_past_a_slow_reader() {
 #[test]
 fn without_i_standard_input_is_empty() {
     template();
-    let mut child = spawn(&["run", "debian", "wc", "-c"]);
+    let mut child = spawn(&["run", "--rm", "debian", "wc", "-c"]);
     let stdin = child.stdin.take();
     let output = child.wait_with_output().unwrap();
     drop(stdin);
@@ -169,7 +171,7 @@ fn without_i_standard_input_is_empty() {
 #[test]
 fn a_reader_that_has_enough_ends_the_writer() {
     template();
-    let mut child = spawn(&["run", "debian", "yes"]);
+    let mut child = spawn(&["run", "--rm", "debian", "yes"]);
     let mut out = child.stdout.take().unwrap();
     let mut first = [0u8; 4];
     out.read_exact(&mut first).unwrap();
@@ -187,7 +189,7 @@ fn signal(child: &Child, signal: i32) {
 /// Starts a script that says `up` when it is ready, and waits for that.
 fn up(script: &str) -> Child {
     template();
-    let mut child = spawn(&["run", "debian", "sh", "-c", script]);
+    let mut child = spawn(&["run", "--rm", "debian", "sh", "-c", script]);
     let mut said = [0u8; 3];
     child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
     child
@@ -224,7 +226,7 @@ fn ctrl_c_three_times_ends_a_container_that_ignores_it() {
 fn a_container_that_takes_too_long_is_ended() {
     template();
     let start = Instant::now();
-    let output = picovm(&["run", "--timeout", "700ms", "debian", "sleep", "1000"])
+    let output = picovm(&["run", "--rm", "--timeout", "700ms", "debian", "sleep", "1000"])
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(124));
@@ -255,34 +257,39 @@ fn two_vcpus_are_two_processors() {
     assert_eq!(stdout(&output), "2\nsecond", "{}", stderr(&output));
 }
 
-/// What the kernel of a container with so much memory says it has, in KiB.
-fn memory_of_a_container(memory: &str) -> u64 {
-    let script = "grep MemTotal /proc/meminfo";
-    let output = picovm(&["run", "-m", memory, "debian", "sh", "-c", script])
+/// What the kernel of a container with so much memory says it has, in KiB, and the container's limit in bytes.
+fn memory_of_a_container(memory: &str) -> (u64, String) {
+    let script =
+        "grep MemTotal /proc/meminfo; cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/*/memory.max 2>/dev/null";
+    let output = picovm(&["run", "--rm", "-m", memory, "debian", "sh", "-c", script])
         .output()
         .unwrap();
     let text = stdout(&output);
-    let kib = text
-        .split_whitespace()
+    let mut words = text.split_whitespace();
+    let kib = words
         .nth(1)
         .unwrap_or_else(|| panic!("no size: {}", stderr(&output)));
-    kib.parse().unwrap()
+    let limit = words.find(|word| word.parse::<u64>().is_ok());
+    (kib.parse().unwrap(), limit.unwrap_or("no limit").to_owned())
 }
 
 #[test]
 fn eight_vcpus_and_the_smallest_memory_both_work() {
-    let output = picovm(&["run", "--cpus", "8", "debian", "nproc"])
+    let output = picovm(&["run", "--rm", "--cpus", "8", "debian", "nproc"])
         .output()
         .unwrap();
     assert_eq!(stdout(&output), "8", "{}", stderr(&output));
-    let kib = memory_of_a_container("32m");
-    assert!((16_000..32_768).contains(&kib), "{kib} KiB");
+    let (kib, limit) = memory_of_a_container("6m");
+    assert!((40_000..65_536).contains(&kib), "{kib} KiB");
+    assert_eq!(limit, (6 << 20).to_string());
 }
 
 #[test]
 fn memory_above_the_hole_of_the_32_bit_devices_is_there() {
-    let kib = memory_of_a_container("4g");
+    // A machine of 4 GiB.
+    let (kib, limit) = memory_of_a_container("3g");
     assert!(kib > 3_500_000, "{kib} KiB");
+    assert_eq!(limit, (3u64 << 30).to_string());
 }
 
 #[test]
@@ -319,7 +326,7 @@ fn the_container_cannot_reach_the_machine_under_it() {
 #[test]
 fn a_kernel_panic_is_told_with_the_consoles_last_words() {
     let hog = "echo 2 > /proc/sys/vm/panic_on_oom; head -c 1000000000 /dev/zero | tail";
-    let output = picovm(&["run", "-m", "96m", "debian", "sh", "-c", hog])
+    let output = picovm(&["run", "--rm", "-m", "96m", "debian", "sh", "-c", hog])
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(125), "{}", stdout(&output));
@@ -334,8 +341,8 @@ fn a_kernel_panic_is_told_with_the_consoles_last_words() {
 #[test]
 fn what_no_machine_can_have_is_refused_with_the_range() {
     for (arguments, says) in [
-        (["run", "-m", "0", "debian", "true"], "32 to"),
-        (["run", "-m", "16m", "debian", "true"], "32 to"),
+        (["run", "-m", "0", "debian", "true"], "6m"),
+        (["run", "-m", "5m", "debian", "true"], "6m"),
         (["run", "-m", "900000g", "debian", "true"], "32 to"),
         (["run", "-m", "500g", "debian", "true"], "this host has"),
         (["run", "--cpus", "0", "debian", "true"], "1 to 8"),
@@ -365,7 +372,7 @@ fn a_template_is_built_once_and_said_so() {
     let first = run();
     assert_eq!(stdout(&first), "hello");
     assert!(
-        stderr(&first).contains("no template of debian with 96 MiB and 1 vCPU yet"),
+        stderr(&first).contains("no template of debian with 128 MiB and 1 vCPU yet"),
         "{}",
         stderr(&first)
     );
@@ -386,7 +393,7 @@ fn a_template_is_built_once_and_said_so() {
     let base = list.iter().find(is_base).unwrap()["id"].as_str().unwrap();
     assert!(
         list.iter()
-            .all(|template| template["metadata"]["memory_mib"] == 96)
+            .all(|template| template["metadata"]["memory_mib"] == 128)
     );
     let inspect = own
         .picovm()
