@@ -38,6 +38,16 @@ pub struct Cgroup {
     directory: OwnedFd,
     /// `memory.events`, which tells of changes by `EPOLLPRI`.
     events: File,
+    /// Files of the limits. Who sees the group as the root of all cannot open them for writing: they are the machine's.
+    limits: Limited<File>,
+}
+
+/// One for each kind of limit.
+#[derive(Debug)]
+struct Limited<T> {
+    pids: T,
+    cpu: T,
+    memory: T,
 }
 
 /// The groups that a guest has.
@@ -80,7 +90,20 @@ impl Cgroup {
         .attempt(|| format!("open control group {}", path.display()))?;
         let events = path.join("memory.events");
         let events = File::open(&events).attempt(|| format!("open {}", events.display()))?;
-        let group = Self { directory, events };
+        let limit = |name: &str| {
+            let path = path.join(name);
+            let file = File::options().write(true).open(&path);
+            file.attempt(|| format!("open {}", path.display()))
+        };
+        let group = Self {
+            directory,
+            events,
+            limits: Limited {
+                pids: limit("pids.max")?,
+                cpu: limit("cpu.max")?,
+                memory: limit("memory.max")?,
+            },
+        };
         // What is there at the beginning is no event.
         group.oom_kills();
         Ok(group)
@@ -121,20 +144,23 @@ impl Cgroup {
 
     /// Sets what is limited.
     pub fn limit(&self, limits: &Limits) -> Result<(), StartFailure> {
-        let set = |name: &str, value: Option<String>| {
+        let set = |mut file: &File, what: &str, value: Option<String>| {
             let Some(value) = value else { return Ok(()) };
-            self.write(name, value.as_bytes()).map_err(|error| {
-                let attempted = format!("limit {name} to {value}");
+            file.write_all(value.as_bytes()).map_err(|error| {
+                let attempted = format!("limit {what} to {value}");
                 failure(attempted, error.raw_os_error().unwrap_or(0), error)
             })
         };
-        set("pids.max", limits.pids.map(|pids| pids.to_string()))?;
-        set(
-            "cpu.max",
-            limits.cpu.map(|cpu| format!("{cpu} {}", Limits::CPU_PERIOD)),
-        )?;
+        let cpu = limits.cpu.map(|cpu| format!("{cpu} {}", Limits::CPU_PERIOD));
+        let files = &self.limits;
+        set(&files.pids, "processes", limits.pids.map(|pids| pids.to_string()))?;
+        set(&files.cpu, "processor time", cpu)?;
         // The last, as it may be what ends this process.
-        set("memory.max", limits.memory.map(|memory| memory.to_string()))
+        set(
+            &files.memory,
+            "memory",
+            limits.memory.map(|memory| memory.to_string()),
+        )
     }
 
     /// What a file of the group says.

@@ -351,3 +351,233 @@ impl Read for Incoming<'_> {
         self.bytes.read(to)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use picovm_guest_protocol::frame::{DATA_MAX, HEADER_SIZE, MAIN};
+    use rustix::fs::{CWD, FileType, XattrFlags};
+
+    use super::*;
+    use crate::rehearsal::control_pair;
+
+    /// An image and what a container has made of it, as an overlay's upper directory has it.
+    struct Example {
+        directory: tempfile::TempDir,
+        layers: Layers,
+    }
+
+    impl Example {
+        /// `None` where devices and attributes of the system cannot be made.
+        fn new() -> Option<Self> {
+            let directory = tempfile::tempdir().unwrap();
+            let path = |name: &str| directory.path().join(name);
+            for made in ["image/etc", "image/full/below", "upper/etc", "upper/run"] {
+                fs::create_dir_all(path(made)).unwrap();
+            }
+            for (name, content) in [
+                ("image/etc/gone", "1"),
+                ("image/etc/changed", "1"),
+                ("image/full/a", "1"),
+                ("image/full/below/b", "1"),
+                ("upper/etc/hosts", "by init"),
+            ] {
+                fs::write(path(name), content).unwrap();
+            }
+            let text = |name: &str| path(name).to_str().unwrap().to_owned();
+            let mut layers = Layers::open(&text("image"), &text("upper")).unwrap();
+            layers.remember().unwrap();
+
+            // The container's life.
+            fs::write(path("upper/etc/changed"), "2").unwrap();
+            let node = |name: &str, kind, device| {
+                rustix::fs::mknodat(CWD, path(name), kind, Mode::from_raw_mode(0o600), device)
+            };
+            node("upper/etc/gone", FileType::CharacterDevice, 0).ok()?;
+            fs::create_dir(path("upper/full")).unwrap();
+            let opaque = c"trusted.overlay.opaque";
+            rustix::fs::lsetxattr(path("upper/full"), opaque, b"y", XattrFlags::empty()).ok()?;
+            fs::create_dir(path("upper/new")).unwrap();
+            fs::write(path("upper/new/tool"), vec![7; 100_000]).unwrap();
+            let capability = [1, 0, 0, 2, 10, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            let name = c"security.capability";
+            rustix::fs::lsetxattr(path("upper/new/tool"), name, &capability, XattrFlags::empty()).ok()?;
+            std::os::unix::fs::chown(path("upper/new/tool"), Some(77), Some(78)).unwrap();
+            fs::set_permissions(path("upper/new/tool"), PermissionsExt::from_mode(0o6755)).unwrap();
+            rustix::fs::lsetxattr(path("upper/new/tool"), name, &capability, XattrFlags::empty()).ok()?;
+            fs::hard_link(path("upper/new/tool"), path("upper/new/again")).unwrap();
+            symlink("x".repeat(150), path("upper/new/soft")).unwrap();
+            node("upper/new/fifo", FileType::Fifo, 0).unwrap();
+            node(
+                "upper/new/null",
+                FileType::CharacterDevice,
+                rustix::fs::makedev(1, 3),
+            )
+            .unwrap();
+            std::os::unix::net::UnixListener::bind(path("upper/new/socket")).unwrap();
+            Some(Self { directory, layers })
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn saved(&self) -> Vec<u8> {
+            let mut archive = Vec::new();
+            self.layers.save(&self.path("upper"), &mut archive).unwrap();
+            archive
+        }
+    }
+
+    #[test]
+    fn changes_are_those_of_the_container_and_not_of_init() {
+        let Some(example) = Example::new() else { return };
+        let changes = example.layers.changes(&example.path("upper")).unwrap();
+        let texts: Vec<String> = changes
+            .iter()
+            .map(|change| format!("{:?} {}", change.kind, String::from_utf8_lossy(&change.path)))
+            .collect();
+        assert_eq!(
+            texts,
+            [
+                "Modified /etc",
+                "Modified /etc/changed",
+                "Deleted /etc/gone",
+                "Modified /full",
+                "Deleted /full/a",
+                "Deleted /full/below",
+                "Added /new",
+                "Added /new/again",
+                "Added /new/fifo",
+                "Added /new/null",
+                "Added /new/socket",
+                "Added /new/soft",
+                "Added /new/tool",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_layer_makes_of_the_image_what_the_container_had_made_of_it() {
+        let Some(example) = Example::new() else { return };
+        let archive = example.saved();
+        let root = example.path("image");
+        unpack(archive.as_slice(), &root, Manner::Layer).unwrap();
+        let path = |name: &str| root.join(name);
+        assert_eq!(fs::read(path("etc/changed")).unwrap(), b"2");
+        assert!(!path("etc/gone").exists() && !path("etc/hosts").exists() && !path("run").exists());
+        assert_eq!(fs::read_dir(path("full")).unwrap().count(), 0);
+        let tool = fs::symlink_metadata(path("new/tool")).unwrap();
+        assert_eq!((tool.uid(), tool.gid(), tool.mode() & 0o7777), (77, 78, 0o6755));
+        let before = fs::symlink_metadata(example.path("upper/new/tool")).unwrap();
+        assert_eq!(tool.mtime(), before.mtime());
+        assert_eq!(tool.ino(), fs::symlink_metadata(path("new/again")).unwrap().ino());
+        let mut capability = [0; 20];
+        rustix::fs::lgetxattr(
+            path("new/tool"),
+            c"security.capability",
+            capability.as_mut_slice(),
+        )
+        .unwrap();
+        assert_eq!(capability[4..6], [10, 10]);
+        assert_eq!(fs::read_link(path("new/soft")).unwrap().as_os_str().len(), 150);
+        assert!(
+            fs::symlink_metadata(path("new/fifo"))
+                .unwrap()
+                .file_type()
+                .is_fifo()
+        );
+        let null = fs::symlink_metadata(path("new/null")).unwrap();
+        assert_eq!(null.rdev(), rustix::fs::makedev(1, 3));
+        assert!(!path("new/socket").exists());
+        let (new, before) = (path("new"), example.path("upper/new"));
+        let modified = |path| fs::metadata(path).unwrap().mtime();
+        assert_eq!(modified(new), modified(before));
+    }
+
+    /// Frames of a layer, and what comes behind it.
+    fn frames(archive: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (number, part) in archive.chunks(DATA_MAX).enumerate() {
+            if number == 1 {
+                Frame::Signal(15).encode(MAIN, &mut bytes).unwrap();
+            }
+            let data = Frame::Data(Stream::Stdin, part.to_vec());
+            data.encode(LAYER, &mut bytes).unwrap();
+        }
+        Frame::Close(Stream::Stdin).encode(LAYER, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn of_the_connection_nothing_is_taken_but_the_layer() {
+        let root = tempfile::tempdir().unwrap();
+        let mut archive = Vec::new();
+        let mut packer = Packer::new(&mut archive);
+        let big = root.path().join("big");
+        fs::write(&big, vec![3; 120_000]).unwrap();
+        packer.append(&big, b"copy").unwrap();
+        packer.finish().unwrap();
+        archive.resize(archive.len() + 100_000, 0);
+
+        let (host, guest) = control_pair().unwrap();
+        let mut bytes = frames(&archive);
+        Frame::Signal(9).encode(MAIN, &mut bytes).unwrap();
+        let mut writer = fs::File::from(host.try_clone().unwrap());
+        rustix::io::ioctl_fionbio(&writer, false).unwrap();
+        let sender = std::thread::spawn(move || writer.write_all(&bytes).unwrap());
+        let early = receive(guest.as_fd(), root.path()).unwrap();
+        sender.join().unwrap();
+        assert_eq!(early, [(MAIN, Frame::Signal(15))]);
+        assert_eq!(fs::read(root.path().join("copy")).unwrap(), vec![3; 120_000]);
+        // What is left is the agent's.
+        let rest = receive_frame(guest.as_fd()).unwrap();
+        assert_eq!(rest, (MAIN, Frame::Signal(9)));
+        // Credit came back, for less than a quarter not.
+        rustix::io::ioctl_fionbio(&host, false).unwrap();
+        let mut credit = 0;
+        let mut left = rustix::io::ioctl_fionread(&host).unwrap() as usize / (HEADER_SIZE + 4);
+        while left > 0 {
+            let (LAYER, Frame::Credit(Stream::Stdin, bytes)) = receive_frame(host.as_fd()).unwrap() else {
+                panic!("not credit");
+            };
+            credit += bytes as usize;
+            left -= 1;
+        }
+        assert!(
+            credit > archive.len() - CREDIT_STEP as usize - DATA_MAX,
+            "{credit}"
+        );
+    }
+
+    #[test]
+    fn what_is_no_layer_is_an_error() {
+        let root = tempfile::tempdir().unwrap();
+        let refused = |bytes: Vec<u8>| {
+            let (host, guest) = control_pair().unwrap();
+            let mut writer = fs::File::from(host);
+            rustix::io::ioctl_fionbio(&writer, false).unwrap();
+            let sender = std::thread::spawn(move || {
+                // Its reader goes away in the middle.
+                let _ = writer.write_all(&bytes);
+            });
+            let failed = receive(guest.as_fd(), root.path()).unwrap_err();
+            drop(guest);
+            sender.join().unwrap();
+            failed.message
+        };
+        assert!(!refused(frames(&[7; 2000])).is_empty());
+        assert!(refused(Vec::new()).contains("gone"));
+        let mut bytes = Vec::new();
+        Frame::Signal(1).encode(LAYER, &mut bytes).unwrap();
+        assert!(refused(bytes).contains("another frame"));
+        let mut bytes = Vec::new();
+        for _ in 0..=INITIAL_CREDIT as usize / DATA_MAX {
+            // A header that promises a long content, so that nothing is done with it yet.
+            let data = Frame::Data(Stream::Stdin, vec![0xff; DATA_MAX]);
+            data.encode(LAYER, &mut bytes).unwrap();
+        }
+        assert!(!refused(bytes).is_empty());
+    }
+}

@@ -122,7 +122,7 @@ pub struct Agent<'a> {
     /// The process whose outputs have the first turn, so that one that never ends does not keep others from theirs.
     turn: u16,
     next_serial: u64,
-    /// A terminal that nobody has yet, registered for the main process.
+    /// A terminal that nobody has yet, registered for the main process. Another may have it if that does not want it.
     spare: Option<Terminal>,
     /// Whether the agent goes on after the main process's end.
     stays: bool,
@@ -387,7 +387,11 @@ impl<'a> Agent<'a> {
     fn begin_other(&mut self, number: u16, spec: &ProcessSpec) -> Result<(), StartFailure> {
         let (mut process, ends) = self.prepare(number, Role::Other)?;
         let terminal = match spec.terminal {
-            Some(_) => Some(Terminal::open().map_err(cannot("open a terminal"))?),
+            Some(_) => match self.spare.take() {
+                // The main process does not want it.
+                Some(spare) => Some(spare),
+                None => Some(Terminal::open().map_err(cannot("open a terminal"))?),
+            },
             None => None,
         };
         let serial = process.serial();

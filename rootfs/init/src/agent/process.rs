@@ -18,6 +18,7 @@ use picovm_guest_protocol::{
     ContainerExit, Frame, FrameDecoder, FrameError, StartFailure, Stream, TerminalSize,
 };
 use rustix::event::epoll;
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitStatus};
 
 use super::terminal::Terminal;
@@ -95,11 +96,14 @@ impl Process {
         })
     }
 
-    /// Registers a terminal for the process that is to have it.
+    /// Registers a terminal for the process that is to have it, which may not be the one that it was ready for.
     pub fn register_terminal(epoll: &OwnedFd, serial: u64, terminal: &Terminal) -> rustix::io::Result<()> {
         let both = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
         let data = epoll::EventData::new_u64(key(serial, TERMINAL));
-        epoll::add(epoll, terminal.master(), data, both)
+        match epoll::add(epoll, terminal.master(), data, both) {
+            Err(Errno::EXIST) => epoll::modify(epoll, terminal.master(), data, both),
+            result => result,
+        }
     }
 
     /// Serves a terminal in the place of the pipes. It must be registered.
