@@ -388,7 +388,15 @@ mod tests {
         let taken = range.as_mut().ok().map(|range| range.take().unwrap());
         let mine = format!("jail-{own}-0");
         // No process has this id: it is above what the kernel gives.
-        for name in ["900000", "900001", &mine, "jail-9999999-0", "others", "jail-x-1", "12x"] {
+        for name in [
+            "900000",
+            "900001",
+            &mine,
+            "jail-9999999-0",
+            "others",
+            "jail-x-1",
+            "12x",
+        ] {
             fs::create_dir(parent.path().join(name)).unwrap();
         }
         let cgroups = Cgroups {

@@ -199,11 +199,13 @@ impl Jailer {
         work: impl FnOnce(Vec<OwnedFd>) -> u8,
     ) -> Result<Jail, JailError> {
         let filters = (!self.server).then(|| self.filters.clone());
-        self.fork(keep, open, |own| match filters.map(|filters| filters.apply_outer()) {
-            None | Some(Ok(())) => work(own),
-            Some(Err(error)) => {
-                eprintln!("picovm-jailer: cannot install a filter of system calls: {error}");
-                jail::NOT_CONFINED
+        self.fork(keep, open, |own| {
+            match filters.map(|filters| filters.apply_outer()) {
+                None | Some(Ok(())) => work(own),
+                Some(Err(error)) => {
+                    eprintln!("picovm-jailer: cannot install a filter of system calls: {error}");
+                    jail::NOT_CONFINED
+                }
             }
         })
     }

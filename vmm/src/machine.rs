@@ -30,8 +30,8 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::cpuid::Processor;
 use crate::arch::boot::{self, BootFile};
+use crate::arch::cpuid::Processor;
 use crate::arch::{cpuid, layout};
 use crate::config::{ConfigError, MachineConfig};
 use crate::devices::bus::Devices;

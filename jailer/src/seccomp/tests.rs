@@ -171,8 +171,27 @@ fn the_filters_are_as_short_as_they_were_measured() {
 fn who_makes_a_template_can_open_and_start_nothing_at_any_time() {
     let outer = outer(Work::Template);
     for name in [
-        "open", "openat", "openat2", "creat", "socket", "connect", "execve", "execveat", "fork", "vfork", "mount",
-        "setns", "unshare", "ptrace", "chmod", "fchmod", "ftruncate", "rename", "unlink", "kill", "setresuid",
+        "open",
+        "openat",
+        "openat2",
+        "creat",
+        "socket",
+        "connect",
+        "execve",
+        "execveat",
+        "fork",
+        "vfork",
+        "mount",
+        "setns",
+        "unshare",
+        "ptrace",
+        "chmod",
+        "fchmod",
+        "ftruncate",
+        "rename",
+        "unlink",
+        "kill",
+        "setresuid",
     ] {
         let number: Sysno = name.parse().unwrap();
         assert!(!outer.contains_key(&i64::from(number.id())), "{name}");
@@ -180,7 +199,15 @@ fn who_makes_a_template_can_open_and_start_nothing_at_any_time() {
     // Nor a thread, a VM or a filter once its guest may run.
     for kind in KINDS {
         let rules = of(kind, Work::Template);
-        for name in ["clone", "clone3", "seccomp", "prctl", "socketpair", "fcntl", "mincore"] {
+        for name in [
+            "clone",
+            "clone3",
+            "seccomp",
+            "prctl",
+            "socketpair",
+            "fcntl",
+            "mincore",
+        ] {
             let number: Sysno = name.parse().unwrap();
             assert!(!rules.contains_key(&i64::from(number.id())), "{kind:?}: {name}");
         }
@@ -230,8 +257,14 @@ fn numbers_of_ioctls_are_those_of_their_names() {
             number::<kvm::kvm_pre_fault_memory>(READ | WRITE, 0xd5),
         ),
         ("FIONBIO", libc::FIONBIO),
-        ("KVM_GET_MSR_INDEX_LIST", number::<kvm::kvm_msr_list>(READ | WRITE, 0x02)),
-        ("KVM_GET_SUPPORTED_CPUID", number::<kvm::kvm_cpuid2>(READ | WRITE, 0x05)),
+        (
+            "KVM_GET_MSR_INDEX_LIST",
+            number::<kvm::kvm_msr_list>(READ | WRITE, 0x02),
+        ),
+        (
+            "KVM_GET_SUPPORTED_CPUID",
+            number::<kvm::kvm_cpuid2>(READ | WRITE, 0x05),
+        ),
         ("KVM_GET_IRQCHIP", number::<kvm::kvm_irqchip>(READ | WRITE, 0x62)),
         ("KVM_GET_CLOCK", number::<kvm::kvm_clock_data>(READ, 0x7c)),
         ("KVM_GET_REGS", number::<kvm::kvm_regs>(READ, 0x81)),

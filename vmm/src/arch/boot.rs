@@ -394,9 +394,15 @@ mod tests {
     #[test]
     fn a_file_that_is_no_kernel_is_named_with_what_it_is() {
         let load = |bytes: &[u8]| {
-            load(&memory(), BootFile::kernel(file(bytes).path()).unwrap(), None, "", 1)
-                .unwrap_err()
-                .to_string()
+            load(
+                &memory(),
+                BootFile::kernel(file(bytes).path()).unwrap(),
+                None,
+                "",
+                1,
+            )
+            .unwrap_err()
+            .to_string()
         };
         assert!(load(b"").contains("empty"));
         assert!(load(b"MZ\x90\x00").contains("bzImage"));
@@ -417,11 +423,26 @@ mod tests {
         elf[88..96].copy_from_slice(&layout::HIGH_MEMORY.to_le_bytes()); // p_paddr
         elf[96..104].copy_from_slice(&1u64.to_le_bytes()); // p_filesz
         elf[104..112].copy_from_slice(&(1u64 << 20).to_le_bytes()); // p_memsz
-        assert!(load(&memory(), BootFile::kernel(file(&elf).path()).unwrap(), None, "", 1).is_ok());
+        assert!(
+            load(
+                &memory(),
+                BootFile::kernel(file(&elf).path()).unwrap(),
+                None,
+                "",
+                1
+            )
+            .is_ok()
+        );
         elf[104..112].copy_from_slice(&(1u64 << 30).to_le_bytes());
-        let error = load(&memory(), BootFile::kernel(file(&elf).path()).unwrap(), None, "", 1)
-            .unwrap_err()
-            .to_string();
+        let error = load(
+            &memory(),
+            BootFile::kernel(file(&elf).path()).unwrap(),
+            None,
+            "",
+            1,
+        )
+        .unwrap_err()
+        .to_string();
         assert!(error.contains("takes 1025 MiB and the guest has 32"), "{error}");
     }
 
@@ -429,7 +450,8 @@ mod tests {
     fn an_initramfs_larger_than_memory_is_refused() {
         let large = tempfile::NamedTempFile::new().unwrap();
         large.as_file().set_len(64 << 20).unwrap();
-        let error = load_initramfs(&memory(), BootFile::initramfs(large.path()).unwrap(), 16 << 20).unwrap_err();
+        let error =
+            load_initramfs(&memory(), BootFile::initramfs(large.path()).unwrap(), 16 << 20).unwrap_err();
         assert!(error.to_string().contains("does not fit into 32 MiB"));
     }
 }

@@ -147,7 +147,10 @@ impl Draft {
             .map_err(TemplateError::io("open", &memory_path))?;
         let memory_bytes = state.memory_mib.checked_mul(1 << 20);
         let memory_bytes = memory_bytes.ok_or_else(|| refused("it has more memory than there can be"))?;
-        let written = memory.metadata().map_err(TemplateError::io("read", &memory_path))?.len();
+        let written = memory
+            .metadata()
+            .map_err(TemplateError::io("read", &memory_path))?
+            .len();
         if written > memory_bytes {
             return Err(refused("its memory is larger"));
         }
@@ -158,7 +161,9 @@ impl Draft {
         let read = || TemplateError::io("read", &memory_path);
         let (memory_checksum, memory_data_bytes) =
             checksum::of_memory_and_data(&memory, memory_bytes).map_err(read())?;
-        memory.sync_all().map_err(TemplateError::io("sync", &memory_path))?;
+        memory
+            .sync_all()
+            .map_err(TemplateError::io("sync", &memory_path))?;
         sync(&state_path)?;
 
         let metadata = Metadata {

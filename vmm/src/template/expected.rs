@@ -30,7 +30,11 @@ type Word = (fn(&kvm_cpuid_entry2) -> u32, u32);
 /// Words of a leaf that say what the guest may use: function, index, words.
 const FEATURES: [(u32, u32, &[Word]); 6] = [
     // MONITOR and OSXSAVE; the local APIC.
-    (1, 0, &[(|leaf| leaf.ecx, 1 << 3 | 1 << 27), (|leaf| leaf.edx, 1 << 9)]),
+    (
+        1,
+        0,
+        &[(|leaf| leaf.ecx, 1 << 3 | 1 << 27), (|leaf| leaf.edx, 1 << 9)],
+    ),
     // OSPKE.
     (
         7,
@@ -76,12 +80,7 @@ impl Expected<'_> {
 
     /// The devices, and the disks' files above all: whoever opens the template opens those that its state names.
     fn check_slots(&self, slots: &[SlotState]) -> Result<(), String> {
-        let [
-            SlotState::Console { .. },
-            SlotState::Entropy { .. },
-            written @ ..,
-        ] = slots
-        else {
+        let [SlotState::Console { .. }, SlotState::Entropy { .. }, written @ ..] = slots else {
             return Err("it has other devices".into());
         };
         if written.len() != self.disks.len() {

@@ -47,8 +47,8 @@ impl Machine {
     /// # Errors
     /// [`TemplateError::Io`], [`TemplateError::Machine`].
     pub fn freeze_into(&mut self, files: &FrozenFiles, pagemap: Option<&File>) -> Result<(), TemplateError> {
-        let state = postcard::to_stdvec(&self.save()?)
-            .map_err(|_| MachineError::State("it cannot be encoded"))?;
+        let state =
+            postcard::to_stdvec(&self.save()?).map_err(|_| MachineError::State("it cannot be encoded"))?;
         files
             .state
             .write_all_at(&state, 0)

@@ -210,6 +210,13 @@ impl Template {
         self.working_set.as_ref()
     }
 
+    /// Decodes which pages a start touches, from bytes that nobody vouches for; `None` if they are none, or make no sense for this
+    /// template.
+    #[must_use]
+    pub fn decode_working_set(&self, bytes: &[u8]) -> Option<WorkingSet> {
+        decode_working_set(bytes, self.metadata.memory_mib)
+    }
+
     /// Keeps beside the template which pages a start touches: [`Machine::working_set`] of a clone that has run one. Where
     /// it cannot be written, this opened template knows it and later ones do not.
     ///
