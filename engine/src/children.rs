@@ -116,6 +116,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     /// A process that does not care whether anybody wants it.
+    #[expect(clippy::zombie_processes, reason = "it is reaped by its descriptor")]
     fn stubborn(children: &mut Children) -> UnixStream {
         let child = Command::new("sleep")
             .arg("1000")

@@ -223,7 +223,11 @@ pub fn of_nobody(directory: &Path, arguments: &str) -> Command {
     let binary = at("picovm");
     std::fs::create_dir(at("guest")).unwrap();
     std::fs::copy(picovm_tests::binary(), &binary).unwrap();
-    std::fs::copy(picovm_tests::binary().with_file_name("picovm-vmm"), at("picovm-vmm")).unwrap();
+    std::fs::copy(
+        picovm_tests::binary().with_file_name("picovm-vmm"),
+        at("picovm-vmm"),
+    )
+    .unwrap();
     std::fs::copy(crate::guest().kernel, at("guest/vmlinux")).unwrap();
     std::fs::copy(crate::guest().initramfs, at("guest/initramfs.cpio")).unwrap();
     let copied = Command::new("cp")

@@ -30,7 +30,9 @@ fn pid(id: i32) -> Pid {
 fn filters(process: &str) -> u32 {
     // One that has just ended has none.
     let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"));
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Seccomp_filters:"));
     line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
 }
 
@@ -146,7 +148,10 @@ fn a_picovm_that_is_killed_in_the_middle_leaves_nothing_and_the_next_build_works
     let mut making = Making::of(&store, &build("88m"));
     making.picovm.kill().unwrap();
     making.picovm.wait().unwrap();
-    assert!(gone_within(GONE), "who makes its template ends with it, even one that stands still");
+    assert!(
+        gone_within(GONE),
+        "who makes its template ends with it, even one that stands still"
+    );
     assert!(cgroups() <= before);
     works(&store, "88m");
     assert!(templates(&store).iter().all(|name| !name.starts_with('.')));
@@ -218,10 +223,7 @@ fn a_base_that_is_damaged_is_an_error_with_the_reason() {
         let output = store.picovm().args(build("88m")).output().unwrap();
         assert_eq!(output.status.code(), Some(125));
         let said = stderr(&output);
-        assert!(
-            said.contains("is damaged") && said.contains(name),
-            "{said}"
-        );
+        assert!(said.contains("is damaged") && said.contains(name), "{said}");
         flip(&file);
     }
     assert_eq!(templates(&store).len(), 1, "the base");
