@@ -67,7 +67,10 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         memory_mib: options.machine.memory,
         vcpus: options.machine.cpus,
     };
-    let template = store.template(&spec, &mut |progress| eprintln!("picovm: {progress}"))?;
+    let confinement = confinement(options);
+    let template = store.template_confined(&spec, confinement, &mut |progress| {
+        eprintln!("picovm: {progress}")
+    })?;
 
     let console_log = match &options.console_log {
         Some(path) => Some(
@@ -84,7 +87,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         &template,
         &image_defaults::container_options(&spec.image, options, console_log)?,
         streams,
-        confinement(options),
+        confinement,
     )?;
     // From here on a Ctrl-C is the container's. Its VMM process has none of these handlers.
     let signals = Signals::watch()?;

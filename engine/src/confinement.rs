@@ -35,11 +35,22 @@ pub enum Confinement {
 
 /// What a VMM process may take of the host's memory beside that of its guest, in bytes: its own, and the page tables and kernel
 /// structures that are charged to it.
-const OVERHEAD: u64 = 64 << 20;
+pub(crate) const OVERHEAD: u64 = 64 << 20;
 /// Threads of a VMM process beside those of its vCPUs, with room for those that the kernel makes for it.
 const THREADS: u64 = 8;
+/// How many threads there are for each where calls are told of: who tells, and who is just being made or ends.
+const LOGGED: u64 = 3;
 /// Descriptors that a VMM process may have open: its own, and three for each process that is executed in its container.
-const OPEN_FILES: u64 = 1024;
+pub(crate) const OPEN_FILES: u64 = 1024;
+
+/// Threads that a VMM process may have.
+pub(crate) fn tasks(vcpus: u8, mode: SeccompMode) -> u64 {
+    let threads = THREADS.saturating_add(u64::from(vcpus));
+    match mode {
+        SeccompMode::Log => threads.saturating_mul(LOGGED),
+        SeccompMode::Kill | SeccompMode::Off => threads,
+    }
+}
 
 /// What a VMM process of this template may have. All that it needs it is born with, so its root is empty.
 fn policy(template: &Template, mode: SeccompMode) -> Policy {
@@ -47,7 +58,7 @@ fn policy(template: &Template, mode: SeccompMode) -> Policy {
     Policy {
         cgroup: Some(Cgroup {
             memory: Some((machine.memory_mib << 20).saturating_add(OVERHEAD)),
-            pids: Some(THREADS.saturating_add(u64::from(machine.vcpus))),
+            pids: Some(tasks(machine.vcpus, mode)),
             ..Cgroup::default()
         }),
         seccomp: Seccomp {
@@ -114,7 +125,7 @@ impl Forker {
     }
 }
 
-fn fork_unconfined(life: impl FnOnce(&ThreadFilters)) -> Result<VmmProcess, EngineError> {
+pub(crate) fn fork_unconfined(life: impl FnOnce(&ThreadFilters)) -> Result<VmmProcess, EngineError> {
     let failed = || EngineError::host("fork a VMM process");
     // SAFETY: the caller has one thread, so its child may do whatever it may.
     match unsafe { libc::fork() } {
@@ -137,7 +148,7 @@ fn fork_unconfined(life: impl FnOnce(&ThreadFilters)) -> Result<VmmProcess, Engi
 
 /// Overwrites this process's copy of the environment: what the caller keeps there (keys, tokens) is not for a guest that
 /// takes the process over.
-fn forget_environment() {
+pub(crate) fn forget_environment() {
     unsafe extern "C" {
         static mut environ: *mut *mut libc::c_char;
     }
@@ -158,6 +169,11 @@ fn forget_environment() {
 pub(crate) struct ThreadFilters(Option<Filters>);
 
 impl ThreadFilters {
+    /// Those of a jailer.
+    pub(crate) fn of(filters: &Filters) -> Self {
+        Self(Some(filters.clone()))
+    }
+
     /// For the threads of its machine.
     pub(crate) fn on_thread(&self) -> Option<OnThread> {
         let filters = self.0.clone()?;
@@ -193,7 +209,19 @@ enum Process {
     Plain(OwnedFd),
 }
 
+impl From<Jail> for VmmProcess {
+    fn from(jail: Jail) -> Self {
+        Self(Process::Jailed(jail))
+    }
+}
+
 impl VmmProcess {
+    /// One without a jail, by the descriptor of its process.
+    #[cfg(test)]
+    pub(crate) fn plain(process: OwnedFd) -> Self {
+        Self(Process::Plain(process))
+    }
+
     /// Kills it, and all that it has started: for one that does not end when it is told to.
     pub(crate) fn kill(&self) {
         match &self.0 {

@@ -175,7 +175,7 @@ pub enum EngineError {
     PoolSize(usize),
     /// There is no program for VMM processes.
     #[error(
-        "there is no picovm-vmm, which runs the clones of a pool (looked at {}): `make build` puts it beside picovm, \
+        "there is no picovm-vmm, which makes templates and runs the clones of a pool (looked at {}): `make build` puts it beside picovm, \
          or PICOVM_VMM names it",
         looked.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
     )]

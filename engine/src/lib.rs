@@ -14,6 +14,7 @@
 //! ```
 
 mod attach;
+mod children;
 mod confinement;
 mod container;
 pub mod containers;
@@ -22,6 +23,8 @@ mod error;
 pub mod figures;
 mod guest;
 mod images;
+mod maker;
+mod maker_process;
 #[cfg(fuzzing)]
 pub mod messages;
 #[cfg(not(fuzzing))]
@@ -49,6 +52,8 @@ pub use images::{
 };
 #[cfg(feature = "registry")]
 pub use images::{PullError, PullOptions, Pulled};
+pub use maker::MAKE_TEMPLATE;
+pub use maker_process::serve as serve_maker;
 pub use messages::Parking;
 pub use picovm_guest_protocol::{
     Change, ChangeKind, ContainerExit, Helper, Limits, PathStatus, ProcessSpec, StartFailure, Task,

@@ -265,7 +265,7 @@ pub(crate) fn wait_readable(source: &impl AsFd, timeout: Duration) -> io::Result
 }
 
 /// Looks in `PICOVM_VMM` if it is set, else beside the running program and where an installation puts it.
-fn find_program() -> Result<PathBuf, EngineError> {
+pub(crate) fn find_program() -> Result<PathBuf, EngineError> {
     let places = match std::env::var_os(VMM_VARIABLE).filter(|path| !path.is_empty()) {
         Some(path) => vec![PathBuf::from(path)],
         None => std::env::current_exe()

@@ -115,10 +115,15 @@ impl RunningContainer {
         messages::send(&self.socket, &ToVmm::Kill(signal), &[]).map_err(failed("end a container"))
     }
 
-    /// Kills the VMM process itself, if it is a child of this one: for one that does not do what [`RunningContainer::kill`] says.
+    /// Kills the VMM process itself: for one that does not do what [`RunningContainer::kill`] says. A pool's fork server does that
+    /// a few seconds after nobody listens to it any more.
     pub fn kill_vmm_process(&self) {
-        if let Parent::Here(Some(child)) = &self.parent {
-            child.kill();
+        match &self.parent {
+            Parent::Here(Some(child)) => child.kill(),
+            Parent::Here(None) => {}
+            Parent::Server(_) => {
+                let _ = self.socket.shutdown(std::net::Shutdown::Both);
+            }
         }
     }
 

@@ -5,24 +5,25 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::{Read, Seek};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use picovm_vmm::template::{FORMAT_VERSION, Metadata, partial_prefix};
 use picovm_vmm::{
-    Disk, ForkOptions, FreezeOptions, Machine, MachineConfig, Outcome, Template, TemplateError, WorkingSet,
+    BootFiles, Disk, Draft, Expected, ForkOptions, MachineConfig, Template, TemplateError, WorkingSet,
 };
 
 use crate::attach::{Interruption, Stdio};
+use crate::confinement::{Confinement, ThreadFilters};
 use crate::container::{Container, ContainerOptions};
 use crate::error::EngineError;
 use crate::guest::GuestFiles;
 use crate::images::Image;
+use crate::maker::{Maker, Order};
 use crate::store::{self, Lock, Store};
 
-/// How long a guest may take to its freeze point. It takes under a second on a real host.
-const BOOT_MAX: Duration = Duration::from_secs(120);
 /// How long the container may take that is run to see which pages a start touches.
 const TRY_MAX: Duration = Duration::from_secs(20);
 
@@ -171,6 +172,7 @@ type Make<'a> = dyn Fn(&Path, &mut Report<'_>) -> Result<Template, EngineError> 
 fn boot_base(
     spec: &TemplateSpec,
     guest: &GuestFiles,
+    confinement: Confinement,
     path: &Path,
     progress: &mut Report<'_>,
 ) -> Result<Template, EngineError> {
@@ -182,14 +184,28 @@ fn boot_base(
     config.vcpus = spec.vcpus;
     config.stop_at_base = true;
     // Any image: nothing of it is read before the base freeze point.
-    config.disks = vec![Disk {
-        sectors: Some(IMAGE_SECTORS),
-        ..Disk::read_only(&spec.image.file)
-    }];
-    let mut parent = Machine::boot(&config)?;
-    to_freeze_point(&mut parent)?;
-    let booted = start.elapsed();
-    let template = parent.freeze(path, &FreezeOptions::default())?;
+    config.disks = vec![image_disk(&spec.image)];
+    // What is wrong with these is told best from here.
+    drop(BootFiles::open(&config)?);
+    let draft = Draft::new(path)?;
+    let files = draft.create_files()?;
+    let order = Order::Boot {
+        config: config.clone(),
+        directory: draft.path().to_owned(),
+    };
+    let mut booted = Duration::ZERO;
+    Maker::start(confinement)?.carry_out(
+        &order,
+        &[files.memory().as_fd(), files.state().as_fd()],
+        &mut || booted = start.elapsed(),
+    )?;
+    let expected = Expected {
+        memory_mib: spec.memory_mib,
+        vcpus: spec.vcpus,
+        disks: &config.disks,
+        base: None,
+    };
+    let template = draft.seal(BTreeMap::new(), Some(&expected))?;
     progress(TemplateProgress::Booted {
         booted,
         frozen: start.elapsed().saturating_sub(booted),
@@ -197,28 +213,53 @@ fn boot_base(
     Ok(template)
 }
 
-/// Forks a clone of the base that mounts the image, warms up, and is frozen.
+/// An image as every guest sees it.
+fn image_disk(image: &Image) -> Disk {
+    Disk {
+        sectors: Some(IMAGE_SECTORS),
+        ..Disk::read_only(&image.file)
+    }
+}
+
+/// Has a clone of the base mount the image and warm up, and freezes it.
 fn take_image(
     base: &Template,
-    image: &Image,
+    spec: &TemplateSpec,
+    confinement: Confinement,
     path: &Path,
     progress: &mut Report<'_>,
 ) -> Result<Template, EngineError> {
     let start = Instant::now();
-    let mut clone = base.fork(ForkOptions {
-        disks: vec![image.file.clone()],
-        ..ForkOptions::default()
-    })?;
-    to_freeze_point(&mut clone)?;
-    progress(TemplateProgress::Freezing {
-        prepared: start.elapsed(),
-    });
+    let image = &spec.image;
+    let draft = Draft::new(path)?;
+    let files = draft.create_files()?;
+    let order = Order::Image {
+        base: base.path().to_owned(),
+        image: image.file.clone(),
+        directory: draft.path().to_owned(),
+    };
+    let mut maker = Maker::start(confinement)?;
+    maker.carry_out(
+        &order,
+        &[files.memory().as_fd(), files.state().as_fd()],
+        &mut || {
+            progress(TemplateProgress::Freezing {
+                prepared: start.elapsed(),
+            });
+        },
+    )?;
     let notes = BTreeMap::from([
         (NOTE_IMAGE.to_owned(), image.shown()),
         (NOTE_DIGEST.to_owned(), image.digest.clone()),
     ]);
-    let mut template = clone.freeze(path, &FreezeOptions { notes })?;
-    match try_starts(&template) {
+    let expected = Expected {
+        memory_mib: spec.memory_mib,
+        vcpus: spec.vcpus,
+        disks: &[image_disk(image)],
+        base: Some(base),
+    };
+    let mut template = draft.seal(notes, Some(&expected))?;
+    match try_starts(&template, &mut maker) {
         Ok(set) => template.record_working_set(set),
         // An image without a shell, or a host without /proc: a template is as good without, only its pools are slower.
         Err(error) => tracing::warn!(%error, "cannot record which pages a start touches"),
@@ -228,22 +269,50 @@ fn take_image(
 
 /// How many starts are looked at: of the pages that one writes, the next writes all but a few.
 const TRIES: usize = 3;
+/// Pages that a start may touch to be taken for one: 4 GiB. Each is remembered.
+const TOUCHED_MAX: u64 = 1 << 20;
 
-/// Runs containers, to learn which pages a start touches.
-fn try_starts(template: &Template) -> Result<WorkingSet, EngineError> {
+/// Has containers run, to learn which pages a start touches.
+fn try_starts(template: &Template, maker: &mut Maker) -> Result<WorkingSet, EngineError> {
     (0..TRIES).try_fold(WorkingSet::default(), |set, _| {
-        Ok(set.union(&try_a_start(template)?))
+        Ok(set.union(&watch_a_start(template, maker)?))
     })
 }
 
-fn try_a_start(template: &Template) -> Result<WorkingSet, EngineError> {
-    let failed = EngineError::host("record which pages a start touches");
-    let null = match File::options().read(true).write(true).open("/dev/null") {
-        Ok(null) => null,
-        Err(error) => return Err(failed(error)),
+fn watch_a_start(template: &Template, maker: &mut Maker) -> Result<WorkingSet, EngineError> {
+    let failed = || EngineError::host("record which pages a start touches");
+    let mut file = tempfile::tempfile_in(template.path()).map_err(failed())?;
+    let order = Order::Try {
+        template: template.path().to_owned(),
     };
-    let machine = template.fork(ForkOptions::default())?;
+    maker.carry_out(&order, &[file.as_fd()], &mut || {})?;
+    let mut bytes = Vec::new();
+    file.rewind().map_err(failed())?;
+    file.take(WORKING_SET_MAX)
+        .read_to_end(&mut bytes)
+        .map_err(failed())?;
+    template
+        .decode_working_set(&bytes)
+        .filter(|set| set.written_pages().saturating_add(set.read_pages()) <= TOUCHED_MAX)
+        .ok_or_else(|| failed()(std::io::ErrorKind::InvalidData.into()))
+}
+
+/// Largest working set that is read, in bytes: they are some ten KiB.
+const WORKING_SET_MAX: u64 = 16 << 20;
+
+/// Runs a container in this process and looks which pages that touches.
+pub(crate) fn try_a_start(
+    template: &Template,
+    filters: &ThreadFilters,
+    pagemap: Option<&File>,
+    null: &File,
+) -> Result<WorkingSet, EngineError> {
+    let machine = template.fork(ForkOptions {
+        on_thread: filters.on_thread(),
+        ..ForkOptions::default()
+    })?;
     machine.watch_working_set();
+    filters.seal()?;
     let command = ContainerOptions::command(["sh", "-c", "echo"]);
     let mut container = Container::start_parked(template, machine, command.request(), None)?;
     let stdio = Stdio {
@@ -254,19 +323,11 @@ fn try_a_start(template: &Template) -> Result<WorkingSet, EngineError> {
         deadline: Instant::now().checked_add(TRY_MAX),
     };
     container.serve_stdio(stdio, &mut |_| Some(Interruption::Kill(9)))?;
-    container.machine().working_set().map_err(failed)
-}
-
-fn to_freeze_point(machine: &mut Machine) -> Result<(), EngineError> {
-    let reason = match machine.run(Some(BOOT_MAX))? {
-        Some(Outcome::FreezePoint) => return Ok(()),
-        Some(outcome) => outcome.to_string(),
-        None => format!("it took longer than {} s", BOOT_MAX.as_secs()),
-    };
-    Err(EngineError::NotFrozen {
-        reason,
-        tail: machine.console_tail(),
-    })
+    match pagemap {
+        Some(pagemap) => container.machine().working_set_by(pagemap),
+        None => container.machine().working_set(),
+    }
+    .map_err(EngineError::host("record which pages a start touches"))
 }
 
 /// A template of the store, by its metadata alone.
@@ -304,11 +365,27 @@ impl Store {
     /// A template that is damaged is an error: nothing says what else is. One that was made by another version or on
     /// another processor is built again.
     ///
+    /// It is built in a jailed process, which `picovm-vmm` starts.
+    ///
     /// # Errors
-    /// [`EngineError::NotFrozen`], [`EngineError::Machine`], [`EngineError::Template`], [`EngineError::NoGuest`].
+    /// [`EngineError::Machine`], [`EngineError::Template`], [`EngineError::NoGuest`], [`EngineError::NoVmm`];
+    /// [`EngineError::Vmm`] for what goes wrong in the jailed process.
     pub fn template(
         &self,
         spec: &TemplateSpec,
+        progress: &mut dyn FnMut(TemplateProgress),
+    ) -> Result<Template, EngineError> {
+        self.template_confined(spec, Confinement::Jailed, progress)
+    }
+
+    /// As [`Store::template`], with the process that builds it confined as it is said.
+    ///
+    /// # Errors
+    /// As [`Store::template`].
+    pub fn template_confined(
+        &self,
+        spec: &TemplateSpec,
+        confinement: Confinement,
         progress: &mut dyn FnMut(TemplateProgress),
     ) -> Result<Template, EngineError> {
         let guest = GuestFiles::find()?;
@@ -322,9 +399,9 @@ impl Store {
             let start = Instant::now();
             let key = spec.key(&guest, None)?;
             let base = self.open_or_make(&key, progress, &|path, progress| {
-                boot_base(spec, &guest, path, progress)
+                boot_base(spec, &guest, confinement, path, progress)
             })?;
-            let template = take_image(&base, &spec.image, path, progress)?;
+            let template = take_image(&base, spec, confinement, path, progress)?;
             progress(TemplateProgress::Built {
                 took: start.elapsed(),
                 data_bytes: template.metadata().memory_data_bytes,

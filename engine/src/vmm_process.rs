@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use picovm_guest_protocol::frame::MAIN;
 use picovm_vmm::{ForkOptions, Template};
-use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::attach::Wake;
-use crate::confinement::{Confinement, Forker, ThreadFilters, VmmProcess};
+use crate::children::{self, Children};
+use crate::confinement::{Confinement, Forker, ThreadFilters};
 use crate::container::{Container, ContainerOptions, Start};
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
@@ -35,6 +35,7 @@ pub fn serve(template: &Path, control: OwnedFd, confinement: Confinement) -> Res
     // Out of the terminal's process group: Ctrl-C is for who uses the pool.
     let _ = rustix::process::setsid();
     let control = UnixStream::from(control);
+    children::raise_open_files();
     let prepared = Template::open(template)
         .map_err(EngineError::from)
         .and_then(|template| {
@@ -50,9 +51,11 @@ pub fn serve(template: &Path, control: OwnedFd, confinement: Confinement) -> Res
         }
     };
     let mut control = Some(control);
-    let mut children: Vec<VmmProcess> = Vec::new();
+    let mut children = Children::default();
     loop {
-        let asked = wait(control.as_ref(), &mut children).map_err(failed("wait for the pool"))?;
+        let asked = children
+            .wait(control.as_ref())
+            .map_err(failed("wait for the pool"))?;
         if !asked {
             if control.is_none() && children.is_empty() {
                 return Ok(());
@@ -77,41 +80,13 @@ pub fn serve(template: &Path, control: OwnedFd, confinement: Confinement) -> Res
             tell_failure(&socket, park_and_run(&template, parking, &socket, filters));
         });
         match forked {
-            Ok(child) => children.push(child),
+            Ok(child) => children.push(child, socket),
             Err(error) => {
                 // Without the answer the pool sees that the socket is closed.
                 let _ = messages::send(&socket, &FromVmm::Failed(error.to_string()), &[]);
             }
         }
     }
-}
-
-/// Waits until the pool has said something, or a child has ended, which then is reaped; whether it is the pool.
-fn wait(control: Option<&UnixStream>, children: &mut Vec<VmmProcess>) -> io::Result<bool> {
-    let mut fds: Vec<PollFd<'_>> = children
-        .iter()
-        .map(|child| PollFd::new(child, PollFlags::IN))
-        .collect();
-    fds.extend(control.map(|control| PollFd::new(control, PollFlags::IN)));
-    if fds.is_empty() {
-        return Ok(false);
-    }
-    match poll(&mut fds, None) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let mut ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-    drop(fds);
-    let asked = control.is_some() && ready.pop().unwrap_or(false);
-    let mut ended = ready.into_iter();
-    let (gone, left) = std::mem::take(children)
-        .into_iter()
-        .partition::<Vec<_>, _>(|_| ended.next().unwrap_or(false));
-    *children = left;
-    for child in gone {
-        child.wait();
-    }
-    Ok(asked)
 }
 
 fn tell_failure(socket: &UnixStream, ended: Result<(), EngineError>) {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::JailError;
+use crate::ids::Locks;
 use crate::limits::{self, Setting};
 use crate::policy;
 
@@ -207,6 +208,29 @@ impl Cgroups {
         Ok(made)
     }
 
+    /// Removes the cgroups that jailers left which were killed: those whose name nobody can have any more, and that nobody is
+    /// in. One whose last process is just ending is left to the next sweep.
+    pub(crate) fn sweep(&self, ids: Option<&Locks>) {
+        for parent in self.unified.iter().chain(&self.legacy) {
+            // The caller's own cgroup, without root, holds what others made too.
+            for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+                let (name, path) = (entry.file_name(), entry.path());
+                let Some(owner) = name.to_str().and_then(Owner::of) else {
+                    continue;
+                };
+                let remove = || {
+                    // Refused while anybody is in it.
+                    let _ = fs::remove_dir(&path);
+                };
+                match (owner, ids) {
+                    (Owner::Id(id), Some(ids)) => ids.with_free(id, remove),
+                    (Owner::Process(process), None) if !Path::new("/proc").join(process).exists() => remove(),
+                    _ => {}
+                }
+            }
+        }
+    }
+
     /// Removes what ours were made in, unless somebody else uses it.
     pub(crate) fn remove_parents(&self) {
         for parent in self.unified.iter().chain(&self.legacy) {
@@ -214,6 +238,26 @@ impl Cgroups {
                 let _ = fs::remove_dir(parent);
             }
         }
+    }
+}
+
+/// Whose a cgroup is, by its name.
+#[derive(Debug, PartialEq, Eq)]
+enum Owner<'a> {
+    /// Who has this id.
+    Id(u32),
+    /// The jailer that is this process: without root there are no ids.
+    Process(&'a str),
+}
+
+impl<'a> Owner<'a> {
+    fn of(name: &'a str) -> Option<Self> {
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        if digits(name) {
+            return name.parse().ok().map(Self::Id);
+        }
+        let (process, number) = name.strip_prefix("jail-")?.split_once('-')?;
+        (digits(process) && digits(number)).then_some(Self::Process(process))
     }
 }
 
@@ -323,6 +367,7 @@ fn enable(root: &Path, directory: &Path, controllers: &[&str]) -> Result<(), Jai
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::IdRange;
 
     const MOUNTS: &str = "\
 24 1 0:22 / /sys rw - sysfs sysfs rw
@@ -330,6 +375,54 @@ mod tests {
 31 24 0:27 / /sys/fs/cgroup/cpu,cpuacct rw shared:10 - cgroup cgroup rw,cpu,cpuacct
 32 24 0:28 / /sys/fs/cgroup/blkio rw shared:11 - cgroup cgroup rw,blkio
 ";
+
+    #[test]
+    fn what_is_nobodys_is_swept_and_nothing_else() {
+        let parent = tempfile::tempdir().unwrap();
+        let own = std::process::id();
+        // Ids beyond the range that jails have, so that none of this host is met.
+        let mut range = IdRange::open(&policy::Ids {
+            first: 900_000,
+            count: 1,
+        });
+        let taken = range.as_mut().ok().map(|range| range.take().unwrap());
+        let mine = format!("jail-{own}-0");
+        // No process has this id: it is above what the kernel gives.
+        for name in [
+            "900000",
+            "900001",
+            &mine,
+            "jail-9999999-0",
+            "others",
+            "jail-x-1",
+            "12x",
+        ] {
+            fs::create_dir(parent.path().join(name)).unwrap();
+        }
+        let cgroups = Cgroups {
+            unified: Some(parent.path().to_owned()),
+            legacy: Vec::new(),
+            settings: Vec::new(),
+        };
+        let left = || {
+            let entries = fs::read_dir(parent.path()).unwrap();
+            let mut names: Vec<String> = entries
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        };
+        cgroups.sweep(None);
+        assert_eq!(left(), ["12x", "900000", "900001", &mine, "jail-x-1", "others"]);
+        // Without root nothing is marked.
+        if let Ok(range) = &range {
+            cgroups.sweep(Some(&range.locks()));
+            assert_eq!(left(), ["12x", "900000", &mine, "jail-x-1", "others"]);
+            drop(taken);
+            cgroups.sweep(Some(&range.locks()));
+            assert_eq!(left(), ["12x", &mine, "jail-x-1", "others"]);
+        }
+    }
 
     #[test]
     fn hierarchies_of_both_versions_are_found() {

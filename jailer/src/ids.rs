@@ -15,9 +15,20 @@ use crate::sys;
 const LOCKS: &str = "/run/picovm-jail.ids";
 
 /// The file, and which of its locks are ours: a second lock of our own would be granted.
-struct Locks {
+pub(crate) struct Locks {
     file: File,
     ours: Mutex<BTreeSet<u32>>,
+}
+
+impl Locks {
+    /// Does something while nobody else can take an id, if nobody has it.
+    pub(crate) fn with_free(&self, id: u32, act: impl FnOnce()) {
+        let ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+        if !ours.contains(&id) && sys::lock_byte(self.file.as_fd(), id, true).unwrap_or(false) {
+            act();
+            let _ = sys::lock_byte(self.file.as_fd(), id, false);
+        }
+    }
 }
 
 /// The ids of a range.
@@ -55,6 +66,10 @@ impl IdRange {
             next: std::process::id() % ids.count,
             ids: ids.clone(),
         })
+    }
+
+    pub(crate) fn locks(&self) -> Arc<Locks> {
+        self.locks.clone()
     }
 
     /// Takes a free id.

@@ -1,7 +1,7 @@
 //! Prepares jails and spawns confined processes.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,10 +12,10 @@ use crate::cgroup::Cgroups;
 use crate::confine::{self, Confinement};
 use crate::error::JailError;
 use crate::exec::{self, Program};
-use crate::ids::IdRange;
+use crate::ids::{IdRange, Locks};
 use crate::jail::{self, Jail};
 use crate::policy::{Policy, SeccompMode};
-use crate::seccomp::Filters;
+use crate::seccomp::{Filters, Work};
 use crate::slot::{self, Slot};
 use crate::sys::{self, Forked};
 
@@ -43,6 +43,8 @@ impl Mode {
 /// What jails need of their jailer for as long as they live.
 pub(crate) struct Shared {
     cgroups: Option<Cgroups>,
+    /// Which ids are in use on this host; absent without root.
+    ids: Option<Arc<Locks>>,
     /// Slots that wait for a jail.
     free: Mutex<Vec<Slot>>,
     /// Whether a slot can be used again: if nothing of a jail can stay in it.
@@ -66,6 +68,8 @@ impl Drop for Shared {
     fn drop(&mut self) {
         self.free().clear();
         if let Some(cgroups) = &self.cgroups {
+            // Here, and not when one is made: it is on nobody's path.
+            cgroups.sweep(self.ids.as_deref());
             cgroups.remove_parents();
         }
     }
@@ -93,6 +97,14 @@ impl Jailer {
     /// # Errors
     /// [`JailError`] says what the host does not have.
     pub fn new(policy: Policy, mode: Mode) -> Result<Self, JailError> {
+        Self::for_work(policy, mode, Work::Clone)
+    }
+
+    /// The same with the filters of a VMM process that does this work.
+    ///
+    /// # Errors
+    /// As [`Jailer::new`].
+    pub fn for_work(policy: Policy, mode: Mode, work: Work) -> Result<Self, JailError> {
         policy.check()?;
         let rootless = mode == Mode::Rootless;
         let cgroups = match &policy.cgroup {
@@ -107,9 +119,10 @@ impl Jailer {
         let own_process = rustix::process::pidfd_open(own, rustix::process::PidfdFlags::empty())
             .map_err(JailError::host("open the own process"))?;
         Ok(Self {
-            filters: Filters::new(&policy.seccomp)?,
+            filters: Filters::new(&policy.seccomp, work)?,
             shared: Arc::new(Shared {
                 cgroups,
+                ids: ids.as_ref().map(IdRange::locks),
                 free: Mutex::default(),
                 reusable: !rootless && policy.namespaces.pid && policy.seccomp.mode == SeccompMode::Kill,
             }),
@@ -171,12 +184,28 @@ impl Jailer {
     /// [`JailError::NotAlone`] if this process has other threads, or is not the one that made the jailer; what [`Jailer::prepare`]
     /// says if nothing was prepared; [`JailError::Host`] if the host refuses the process.
     pub fn spawn(&mut self, keep: &[RawFd], work: impl FnOnce() -> u8) -> Result<Jail, JailError> {
+        self.spawn_with(keep, || Ok(Vec::new()), |_| work())
+    }
+
+    /// The same for a process that needs descriptors which only it can open, such as those of itself in `/proc`: `open` opens
+    /// them, first thing in the process and not confined yet.
+    ///
+    /// # Errors
+    /// As [`Jailer::spawn`].
+    pub fn spawn_with(
+        &mut self,
+        keep: &[RawFd],
+        open: impl FnOnce() -> io::Result<Vec<OwnedFd>>,
+        work: impl FnOnce(Vec<OwnedFd>) -> u8,
+    ) -> Result<Jail, JailError> {
         let filters = (!self.server).then(|| self.filters.clone());
-        self.fork(keep, || match filters.map(|filters| filters.apply_outer()) {
-            None | Some(Ok(())) => work(),
-            Some(Err(error)) => {
-                eprintln!("picovm-jailer: cannot install a filter of system calls: {error}");
-                jail::NOT_CONFINED
+        self.fork(keep, open, |own| {
+            match filters.map(|filters| filters.apply_outer()) {
+                None | Some(Ok(())) => work(own),
+                Some(Err(error)) => {
+                    eprintln!("picovm-jailer: cannot install a filter of system calls: {error}");
+                    jail::NOT_CONFINED
+                }
             }
         })
     }
@@ -191,10 +220,16 @@ impl Jailer {
     /// As [`Jailer::spawn`].
     pub fn spawn_program(&mut self, program: &Program) -> Result<Jail, JailError> {
         let filter = self.filters.of_program()?;
-        self.fork(&[0, 1, 2], || exec::run_program(program, &filter))
+        let nothing = || Ok(Vec::new());
+        self.fork(&[0, 1, 2], nothing, |_| exec::run_program(program, &filter))
     }
 
-    fn fork(&mut self, keep: &[RawFd], work: impl FnOnce() -> u8) -> Result<Jail, JailError> {
+    fn fork(
+        &mut self,
+        keep: &[RawFd],
+        open: impl FnOnce() -> io::Result<Vec<OwnedFd>>,
+        work: impl FnOnce(Vec<OwnedFd>) -> u8,
+    ) -> Result<Jail, JailError> {
         self.check_alone()?;
         let mut keep = keep.to_vec();
         keep.sort_unstable();
@@ -213,6 +248,11 @@ impl Jailer {
         match forked.map_err(JailError::host("fork a process into its namespaces"))? {
             Forked::Parent(pid, descriptor) => Ok(Jail::new(pid, descriptor, slot, self.shared.clone())),
             Forked::Child => {
+                let opened = open();
+                if let Ok(opened) = &opened {
+                    keep.extend(opened.iter().map(AsRawFd::as_raw_fd));
+                    keep.sort_unstable();
+                }
                 let confinement = Confinement {
                     policy: &self.policy,
                     slot: &slot,
@@ -223,7 +263,7 @@ impl Jailer {
                     server: self.server,
                     own_ids,
                 };
-                be_confined(&confinement, work)
+                be_confined(&confinement, opened, work)
             }
         }
     }
@@ -281,16 +321,26 @@ impl Jailer {
 }
 
 /// The life of a confined process.
-fn be_confined(confinement: &Confinement<'_>, work: impl FnOnce() -> u8) -> ! {
+fn be_confined(
+    confinement: &Confinement<'_>,
+    opened: io::Result<Vec<OwnedFd>>,
+    work: impl FnOnce(Vec<OwnedFd>) -> u8,
+) -> ! {
     let mut complaint: &File = &confinement.slot.complaint.1;
-    if let Err((attempted, error)) = confinement.confine() {
-        let _ = complaint.write_all(&jail::encode_complaint(attempted, &error));
-        sys::exit_now(jail::NOT_CONFINED);
-    }
+    let confined = opened
+        .map_err(|error| ("open what only the process itself can", error))
+        .and_then(|opened| confinement.confine().map(|()| opened));
+    let opened = match confined {
+        Ok(opened) => opened,
+        Err((attempted, error)) => {
+            let _ = complaint.write_all(&jail::encode_complaint(attempted, &error));
+            sys::exit_now(jail::NOT_CONFINED);
+        }
+    };
     let descriptor = complaint.as_raw_fd().unsigned_abs();
     let _ = sys::close_range(descriptor, descriptor);
     // Nothing of the caller's may run in this process: not even what unwinding would.
-    let status = std::panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or(PANICKED);
+    let status = std::panic::catch_unwind(AssertUnwindSafe(|| work(opened))).unwrap_or(PANICKED);
     sys::exit_now(status)
 }
 

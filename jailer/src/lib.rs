@@ -46,4 +46,4 @@ pub use policy::{
     Access, AllowedCall, ArgumentCondition, Cgroup, Ids, IoLimit, Namespaces, Operator, Policy, Resource,
     RootEntry, Seccomp, SeccompMode, Width,
 };
-pub use seccomp::{Filters, ThreadKind};
+pub use seccomp::{Filters, ThreadKind, Work};

@@ -34,7 +34,7 @@ pub mod vm;
 pub mod working_set;
 
 pub use config::{Disk, MachineConfig};
-pub use machine::{Machine, MachineError, Outcome};
-pub use template::{ForkOptions, FreezeOptions, Template, TemplateError};
+pub use machine::{BootFiles, Machine, MachineError, Outcome};
+pub use template::{Draft, Expected, ForkOptions, FreezeOptions, FrozenFiles, Template, TemplateError};
 pub use threads::{OnThread, ThreadKind};
 pub use working_set::WorkingSet;

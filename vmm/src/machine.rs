@@ -17,7 +17,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -30,8 +30,9 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::arch::boot::{self, BootFile};
 use crate::arch::cpuid::Processor;
-use crate::arch::{boot, cpuid, layout};
+use crate::arch::{cpuid, layout};
 use crate::config::{ConfigError, MachineConfig};
 use crate::devices::bus::Devices;
 use crate::devices::interrupt::{InterruptLine, KvmLine};
@@ -184,6 +185,63 @@ pub struct Machine {
     /// The paravirtual clock to set when the machine first runs: until then its time stands still.
     clock: Option<kvm_clock_data>,
     exits: Arc<ExitCounters>,
+    /// What to save of the model-specific registers, if that was found out already.
+    msrs: Option<Arc<MsrList>>,
+}
+
+/// What a machine needs open to boot, so that the process that boots it need not be able to open anything.
+pub struct BootFiles {
+    kvm: Arc<Kvm>,
+    kernel: BootFile,
+    initramfs: Option<BootFile>,
+    disks: Vec<FileBackend>,
+    console_log: Option<File>,
+}
+
+impl BootFiles {
+    /// Checks a configuration against what this host has, and opens what it names.
+    ///
+    /// # Errors
+    /// [`MachineError`] names what is wrong; nothing is left behind.
+    pub fn open(config: &MachineConfig) -> Result<Self, MachineError> {
+        config.check()?;
+        memory::check_size(config.memory_mib)?;
+        let kvm = Arc::new(vm::open_kvm()?);
+        let kernel = BootFile::kernel(&config.kernel)?;
+        let initramfs = config.initramfs.as_deref().map(BootFile::initramfs).transpose()?;
+        let mut disks = Vec::with_capacity(config.disks.len());
+        for disk in &config.disks {
+            disks.push(
+                FileBackend::open(&disk.path, disk.read_only)?.with_capacity(&disk.path, disk.sectors)?,
+            );
+        }
+        let console_log = match &config.console_log {
+            Some(path) => Some(File::create(path).map_err(|source| MachineError::ConsoleLog {
+                path: path.clone(),
+                source,
+            })?),
+            None => None,
+        };
+        Ok(Self {
+            kvm,
+            kernel,
+            initramfs,
+            disks,
+            console_log,
+        })
+    }
+
+    /// The descriptors that the process that boots must keep.
+    #[must_use]
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        // SAFETY: /dev/kvm is open for as long as these files, which are borrowed.
+        let kvm = unsafe { BorrowedFd::borrow_raw(self.kvm.as_raw_fd()) };
+        let mut all = vec![kvm, self.kernel.as_fd()];
+        all.extend(self.initramfs.as_ref().map(AsFd::as_fd));
+        all.extend(self.disks.iter().map(AsFd::as_fd));
+        all.extend(self.console_log.as_ref().map(AsFd::as_fd));
+        all
+    }
 }
 
 fn host(attempted: &'static str) -> impl FnOnce(io::Error) -> MachineError {
@@ -196,34 +254,35 @@ impl Machine {
     /// # Errors
     /// [`MachineError`] names what is wrong; nothing is left behind.
     pub fn boot(config: &MachineConfig) -> Result<Self, MachineError> {
+        Self::boot_from(config, BootFiles::open(config)?, None)
+    }
+
+    /// As [`Machine::boot`], from files that are open already; `on_thread` is called first thing in each of its threads.
+    ///
+    /// # Errors
+    /// As [`Machine::boot`].
+    pub fn boot_from(
+        config: &MachineConfig,
+        files: BootFiles,
+        on_thread: Option<OnThread>,
+    ) -> Result<Self, MachineError> {
         config.check()?;
-        memory::check_size(config.memory_mib)?;
-        let kvm = Arc::new(vm::open_kvm()?);
+        let kvm = files.kvm;
         let memory = memory::anonymous(config.memory_mib)?;
         let entry = boot::load(
             &memory,
-            &config.kernel,
-            config.initramfs.as_deref(),
+            files.kernel,
+            files.initramfs,
             &config.cmdline(),
             config.vcpus,
         )?;
         tracing::info!(kernel = %config.kernel.display(), entry = entry.0, "kernel and boot data loaded");
-        let log = match &config.console_log {
-            Some(path) => Some(File::create(path).map_err(|source| MachineError::ConsoleLog {
-                path: path.clone(),
-                source,
-            })?),
-            None => None,
-        };
         let vm = Arc::new(vm::create(&kvm, &memory)?);
 
         let (backend, connection) = console::connection().map_err(host("create the control connection"))?;
         let mut backends = vec![SlotBackend::Console(backend), SlotBackend::Entropy];
-        for disk in &config.disks {
-            backends.push(SlotBackend::Block(
-                FileBackend::open(&disk.path, disk.read_only)?.with_capacity(&disk.path, disk.sectors)?,
-                disk.path.clone(),
-            ));
+        for (backend, disk) in files.disks.into_iter().zip(&config.disks) {
+            backends.push(SlotBackend::Block(backend, disk.path.clone()));
         }
         let slots = backends
             .into_iter()
@@ -252,7 +311,7 @@ impl Machine {
             vcpus.push((vcpu, None));
         }
 
-        let ports = Ports::new(serial_line(&vm), ConsoleLog::new(log));
+        let ports = Ports::new(serial_line(&vm), ConsoleLog::new(files.console_log));
         let parts = Parts {
             kvm,
             vm,
@@ -270,7 +329,7 @@ impl Machine {
             vcpus,
             clock: None,
             origin: None,
-            on_thread: None,
+            on_thread,
         };
         Self::assemble(parts)
     }
@@ -387,6 +446,7 @@ impl Machine {
             pending: None,
             clock: parts.clock,
             exits,
+            msrs: None,
         })
     }
 
@@ -522,6 +582,18 @@ impl Machine {
         Ok(stop)
     }
 
+    /// Does ahead what saving needs of KVM beside the machine itself, for a process that may not do that any more once its guest
+    /// has run.
+    ///
+    /// # Errors
+    /// [`MachineError::Vcpu`], [`MachineError::Vm`].
+    pub fn prepare_save(&mut self) -> Result<(), MachineError> {
+        if self.msrs.is_none() {
+            self.msrs = Some(Arc::new(msr_list(&self.kvm)?));
+        }
+        Ok(())
+    }
+
     /// Captures everything but the memory of a machine that stands still.
     ///
     /// # Errors
@@ -530,7 +602,10 @@ impl Machine {
         if self.phase != Phase::Paused {
             return Err(MachineError::NotPaused("save"));
         }
-        let msrs = Arc::new(msr_list(&self.kvm)?);
+        let msrs = match &self.msrs {
+            Some(msrs) => msrs.clone(),
+            None => Arc::new(msr_list(&self.kvm)?),
+        };
         let saved = self
             .vcpus
             .iter()
@@ -593,6 +668,14 @@ impl Machine {
     /// As reading `/proc/self/pagemap`.
     pub fn working_set(&self) -> io::Result<WorkingSet> {
         WorkingSet::of(&self.memory)
+    }
+
+    /// As [`Machine::working_set`], from this process's `/proc/self/pagemap`, which is open already.
+    ///
+    /// # Errors
+    /// As reading it.
+    pub fn working_set_by(&self, pagemap: &File) -> io::Result<WorkingSet> {
+        WorkingSet::by(pagemap, &self.memory)
     }
 
     /// Makes pages present before they are needed, in this process and in the second-stage page tables, of a machine that

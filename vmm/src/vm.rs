@@ -155,7 +155,7 @@ impl VmState {
     }
 }
 
-const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+pub(crate) const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
 /// Captures it while no vCPU runs.
 pub fn save(vm: &VmFd) -> Result<VmState, VmError> {

@@ -106,10 +106,17 @@ impl WorkingSet {
     ///
     /// # Errors
     /// As reading `/proc/self/pagemap`.
+    pub fn of(memory: &GuestMemoryMmap) -> io::Result<Self> {
+        Self::by(&File::open("/proc/self/pagemap")?, memory)
+    }
+
+    /// The same from an open `/proc/self/pagemap`.
+    ///
+    /// # Errors
+    /// As reading it.
     // As for `watch`.
     #[allow(clippy::arithmetic_side_effects)]
-    pub fn of(memory: &GuestMemoryMmap) -> io::Result<Self> {
-        let pagemap = File::open("/proc/self/pagemap")?;
+    pub fn by(pagemap: &File, memory: &GuestMemoryMmap) -> io::Result<Self> {
         let mut set = Self::default();
         let mut buffer = vec![0u8; 8 * ENTRIES];
         let mut page = 0;

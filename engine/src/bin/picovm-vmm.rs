@@ -1,15 +1,20 @@
 //! `picovm-vmm [--no-jail | --seccomp=log] TEMPLATE`: the fork server of a pool, started by it with a socket as standard input. Each child of it is the
-//! VMM process of one clone. Not to be called by people.
+//! VMM process of one clone.
+//!
+//! `picovm-vmm make-template [--no-jail | --seccomp=log]`: starts the jailed processes that make templates, for whoever needs one.
+//!
+//! Not to be called by people.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use picovm_engine::Confinement;
+use picovm_engine::{Confinement, MAKE_TEMPLATE};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).peekable();
     let mut has = |option| arguments.next_if(|argument| argument == option).is_some();
+    let makes_templates = has(MAKE_TEMPLATE);
     let confinement = if has("--no-jail") {
         Confinement::Unconfined
     } else if has("--seccomp=log") {
@@ -17,9 +22,12 @@ fn main() -> ExitCode {
     } else {
         Confinement::Jailed
     };
-    let (Some(template), None) = (arguments.next().map(PathBuf::from), arguments.next()) else {
+    let (template, None) = (arguments.next().map(PathBuf::from), arguments.next()) else {
         return usage();
     };
+    if template.is_some() == makes_templates {
+        return usage();
+    }
     let input = std::io::stdin();
     if input.is_terminal() {
         return usage();
@@ -33,7 +41,11 @@ fn main() -> ExitCode {
     let Ok(control) = taken else {
         return usage();
     };
-    match picovm_engine::serve_pool(&template, control, confinement) {
+    let served = match template {
+        Some(template) => picovm_engine::serve_pool(&template, control, confinement),
+        None => picovm_engine::serve_maker(control, confinement),
+    };
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("picovm-vmm: {error}");
@@ -43,6 +55,8 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("picovm-vmm serves a pool, which starts it; to run a container, see `picovm run --help`");
+    eprintln!(
+        "picovm-vmm serves a pool or makes templates for picovm, which starts it; to run a container, see `picovm run --help`"
+    );
     ExitCode::from(125)
 }

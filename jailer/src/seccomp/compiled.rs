@@ -1,18 +1,27 @@
-//! The filters that are enforced, compiled ahead: `compiled.bin` holds the outer one and those of the kinds, each as the number
-//! of its instructions (32 bits, little-endian) and these as `struct sock_filter`.
+//! The filters that are enforced, compiled ahead: `compiled.bin` holds, for clones and then for templates, the outer one and those
+//! of the kinds, each as the number of its instructions (32 bits, little-endian) and these as `struct sock_filter`.
 //!
 //! A test compares the file with what the lists are compiled to; `PICOVM_WRITE_FILTERS=1 cargo test -p picovm-jailer` writes it.
 
 use seccompiler::{BpfProgram, sock_filter};
 
+use super::Work;
+
 const BYTES: &[u8] = include_bytes!("compiled.bin");
 
-/// The outer filter, and those of the kinds in their order.
-pub(super) fn read() -> Result<(BpfProgram, [BpfProgram; 3]), String> {
-    decode(BYTES).ok_or_else(|| "the file of compiled filters is not one".to_owned())
+/// The outer filter of a work, and those of its kinds in their order.
+pub(super) fn read(work: Work) -> Result<Programs, String> {
+    let [clone, template] = decode(BYTES).ok_or("the file of compiled filters is not one")?;
+    Ok(match work {
+        Work::Clone => clone,
+        Work::Template => template,
+    })
 }
 
-fn decode(bytes: &[u8]) -> Option<(BpfProgram, [BpfProgram; 3])> {
+type Programs = (BpfProgram, [BpfProgram; 3]);
+
+/// By work.
+fn decode(bytes: &[u8]) -> Option<[Programs; 2]> {
     let mut rest = bytes;
     let mut next = || -> Option<BpfProgram> {
         let (length, behind) = rest.split_first_chunk::<4>()?;
@@ -23,7 +32,8 @@ fn decode(bytes: &[u8]) -> Option<(BpfProgram, [BpfProgram; 3])> {
         rest = behind;
         Some(program.as_chunks::<8>().0.iter().map(instruction).collect())
     };
-    let all = (next()?, [next()?, next()?, next()?]);
+    let mut of_one = || Some((next()?, [next()?, next()?, next()?]));
+    let all = [of_one()?, of_one()?];
     rest.is_empty().then_some(all)
 }
 
@@ -43,7 +53,7 @@ mod tests {
 
     use super::*;
     use crate::policy::SeccompMode;
-    use crate::seccomp::Filters;
+    use crate::seccomp::{Filters, WORKS};
 
     fn encode(programs: &[BpfProgram]) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -60,8 +70,12 @@ mod tests {
 
     #[test]
     fn the_compiled_filters_are_those_of_the_lists() {
-        let (outer, kinds) = Filters::compile(SeccompMode::Kill).unwrap();
-        let bytes = encode(&[vec![outer], kinds.to_vec()].concat());
+        let compiled = WORKS.map(|work| Filters::compile(SeccompMode::Kill, work).unwrap());
+        let programs: Vec<BpfProgram> = compiled
+            .into_iter()
+            .flat_map(|(outer, kinds)| [vec![outer], kinds.to_vec()].concat())
+            .collect();
+        let bytes = encode(&programs);
         if std::env::var_os("PICOVM_WRITE_FILTERS").is_some() {
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/seccomp/compiled.bin");
             std::fs::write(path, &bytes).unwrap();

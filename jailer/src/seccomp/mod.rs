@@ -32,12 +32,29 @@ pub enum ThreadKind {
 
 const KINDS: [ThreadKind; 3] = [ThreadKind::Vcpu, ThreadKind::Device, ThreadKind::Control];
 
+/// For which work of a VMM process the lists are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Work {
+    /// Running a clone.
+    #[default]
+    Clone,
+    /// Making a template: booting or running a machine to its freeze point, and saving it.
+    Template,
+}
+
+#[cfg(test)]
+const WORKS: [Work; 2] = [Work::Clone, Work::Template];
+
 /// What threads of every kind need.
 const COMMON: &str = include_str!("common.json");
-/// What is needed before the threads are confined.
+/// What is needed before the threads are confined, of a clone and by the fork server.
 const SETUP: &str = include_str!("setup.json");
+/// The same of who makes a template, whose process is confined before and has nothing to open.
+const MAKER_SETUP: &str = include_str!("maker-setup.json");
 /// What a program may do that `picovm-jailer` starts.
 const PROGRAM: &str = include_str!("program.json");
+
+type List = (&'static str, &'static str);
 
 impl ThreadKind {
     fn name(self) -> &'static str {
@@ -55,10 +72,42 @@ impl ThreadKind {
             Self::Control => include_str!("control.json"),
         }
     }
+
+    /// Its lists, by their names: what together it may do.
+    fn lists(self, work: Work) -> Vec<List> {
+        let mut lists = vec![("common", COMMON), (self.name(), self.list())];
+        if work == Work::Template {
+            match self {
+                Self::Vcpu => lists.push(("maker-vcpu", include_str!("maker-vcpu.json"))),
+                Self::Control => lists.push(("maker-control", include_str!("maker-control.json"))),
+                Self::Device => {}
+            }
+        }
+        lists
+    }
+}
+
+impl Work {
+    fn setup(self) -> List {
+        match self {
+            Self::Clone => ("setup", SETUP),
+            Self::Template => ("maker-setup", MAKER_SETUP),
+        }
+    }
+
+    /// What a kind's threads are called where a call of theirs is told of.
+    fn name_of(self, kind: ThreadKind) -> &'static str {
+        match (self, kind) {
+            (Self::Template, ThreadKind::Vcpu) => "maker-vcpu",
+            (Self::Template, ThreadKind::Control) => "maker-control",
+            (_, kind) => kind.name(),
+        }
+    }
 }
 
 struct All {
     mode: SeccompMode,
+    work: Work,
     outer: BpfProgram,
     /// By kind: on top of the outer one, or alone in [`SeccompMode::Log`], where a thread can have only one filter.
     kinds: [BpfProgram; 3],
@@ -120,14 +169,15 @@ fn add(rules: &mut Rules, name: &str, calls: &[AllowedCall]) -> Result<(), JailE
 
 impl Filters {
     /// What VMM processes need.
-    pub(crate) fn new(policy: &Seccomp) -> Result<Self, JailError> {
+    pub(crate) fn new(policy: &Seccomp, work: Work) -> Result<Self, JailError> {
         let (outer, kinds) = match policy.mode {
             // Those that are enforced are compiled ahead: it would be a fourth of what a cold start takes.
-            SeccompMode::Kill => compiled::read().map_err(wrong("compiled"))?,
-            SeccompMode::Log | SeccompMode::Off => Self::compile(policy.mode)?,
+            SeccompMode::Kill => compiled::read(work).map_err(wrong("compiled"))?,
+            SeccompMode::Log | SeccompMode::Off => Self::compile(policy.mode, work)?,
         };
         Ok(Self(Arc::new(All {
             mode: policy.mode,
+            work,
             outer,
             kinds,
             program: policy.allow.clone(),
@@ -135,20 +185,20 @@ impl Filters {
     }
 
     /// Compiles the lists: the outer filter, and those of the kinds.
-    fn compile(mode: SeccompMode) -> Result<(BpfProgram, [BpfProgram; 3]), JailError> {
-        let common = parse("common", COMMON)?;
+    fn compile(mode: SeccompMode, work: Work) -> Result<(BpfProgram, [BpfProgram; 3]), JailError> {
         let mut outer = Rules::new();
-        add(&mut outer, "common", &common)?;
         let mut kinds = Vec::new();
         for kind in KINDS {
-            let own = parse(kind.name(), kind.list())?;
             let mut rules = Rules::new();
-            add(&mut rules, "common", &common)?;
-            add(&mut rules, kind.name(), &own)?;
-            add(&mut outer, kind.name(), &own)?;
+            for (name, list) in kind.lists(work) {
+                let calls = parse(name, list)?;
+                add(&mut rules, name, &calls)?;
+                add(&mut outer, name, &calls)?;
+            }
             kinds.push((kind.name(), rules));
         }
-        add(&mut outer, "setup", &parse("setup", SETUP)?)?;
+        let (name, list) = work.setup();
+        add(&mut outer, name, &parse(name, list)?)?;
 
         let below = (mode != SeccompMode::Log).then_some(&outer);
         let compiled: Result<Vec<BpfProgram>, JailError> = kinds
@@ -158,7 +208,7 @@ impl Filters {
         let kinds = compiled?
             .try_into()
             .map_err(|_| wrong("all")("there are three kinds".into()))?;
-        Ok((layout::compile(&outer, None).map_err(wrong("setup"))?, kinds))
+        Ok((layout::compile(&outer, None).map_err(wrong(name))?, kinds))
     }
 
     /// The filter of a program.
@@ -200,7 +250,7 @@ impl Filters {
         match self.0.mode {
             SeccompMode::Off => Ok(()),
             SeccompMode::Kill => sys::install_filter(program),
-            SeccompMode::Log => log::install(kind.name(), &handing_over(program)),
+            SeccompMode::Log => log::install(self.0.work.name_of(kind), &handing_over(program)),
         }
     }
 

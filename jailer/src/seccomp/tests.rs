@@ -61,21 +61,22 @@ fn rules(lists: &[(&str, &str)]) -> Rules {
     all
 }
 
-fn outer() -> Rules {
-    let mut lists = vec![("common", COMMON), ("setup", SETUP)];
-    lists.extend(KINDS.map(|kind| (kind.name(), kind.list())));
+fn outer(work: Work) -> Rules {
+    let mut lists = vec![work.setup()];
+    lists.extend(KINDS.iter().flat_map(|kind| kind.lists(work)));
     rules(&lists)
 }
 
-fn of(kind: ThreadKind) -> Rules {
-    rules(&[("common", COMMON), (kind.name(), kind.list())])
+fn of(kind: ThreadKind, work: Work) -> Rules {
+    rules(&kind.lists(work))
 }
 
 /// Arguments that matter to any rule, and their neighbours.
 fn samples() -> Vec<[u64; 6]> {
     let mut values = BTreeSet::from([0, 1, 2, u64::MAX, 1 << 32]);
-    for alternatives in outer().values() {
-        for condition in alternatives.iter().flatten() {
+    for work in WORKS {
+        let outer = outer(work);
+        for condition in outer.values().flatten().flatten() {
             values.extend([
                 condition.val,
                 condition.val ^ 1,
@@ -97,8 +98,11 @@ fn numbers() -> impl Iterator<Item = u32> {
 #[test]
 fn the_short_layout_decides_as_seccompiler_does() {
     let samples = samples();
-    let mut lists = vec![outer(), rules(&[("program", PROGRAM)]), Rules::new()];
-    lists.extend(KINDS.map(of));
+    let mut lists = vec![rules(&[("program", PROGRAM)]), Rules::new()];
+    for work in WORKS {
+        lists.push(outer(work));
+        lists.extend(KINDS.map(|kind| of(kind, work)));
+    }
     for list in &lists {
         let plain = layout::compile_plainly(list).unwrap();
         let short = match layout::compile(list, None) {
@@ -124,29 +128,32 @@ fn the_short_layout_decides_as_seccompiler_does() {
 
 #[test]
 fn on_top_of_the_outer_filter_a_kind_is_what_it_is_alone() {
-    let outer = outer();
-    let below = layout::compile(&outer, None).unwrap();
-    for kind in KINDS {
-        let rules = of(kind);
-        let alone = layout::compile_plainly(&rules).unwrap();
-        let above = layout::compile(&rules, Some(&outer)).unwrap();
-        println!(
-            "{}: {} instructions on top of {}",
-            kind.name(),
-            above.len(),
-            below.len()
-        );
-        for number in numbers() {
-            for arguments in &samples() {
-                // The kernel takes the sterner of the two.
-                let both = [&below, &above].map(|program| run(program, number, X86_64, arguments));
-                let both = if both == [ALLOW; 2] { ALLOW } else { KILL };
-                assert_eq!(
-                    both,
-                    run(&alone, number, X86_64, arguments),
-                    "{} {number} {arguments:x?}",
-                    kind.name()
-                );
+    let samples = samples();
+    for work in WORKS {
+        let outer = outer(work);
+        let below = layout::compile(&outer, None).unwrap();
+        for kind in KINDS {
+            let rules = of(kind, work);
+            let alone = layout::compile_plainly(&rules).unwrap();
+            let above = layout::compile(&rules, Some(&outer)).unwrap();
+            println!(
+                "{work:?}, {}: {} instructions on top of {}",
+                kind.name(),
+                above.len(),
+                below.len()
+            );
+            for number in numbers() {
+                for arguments in &samples {
+                    // The kernel takes the sterner of the two.
+                    let both = [&below, &above].map(|program| run(program, number, X86_64, arguments));
+                    let both = if both == [ALLOW; 2] { ALLOW } else { KILL };
+                    assert_eq!(
+                        both,
+                        run(&alone, number, X86_64, arguments),
+                        "{work:?} {} {number} {arguments:x?}",
+                        kind.name()
+                    );
+                }
             }
         }
     }
@@ -154,10 +161,57 @@ fn on_top_of_the_outer_filter_a_kind_is_what_it_is_alone() {
 
 #[test]
 fn the_filters_are_as_short_as_they_were_measured() {
-    let filters = Filters::new(&Seccomp::default()).unwrap();
+    let filters = Filters::new(&Seccomp::default(), Work::Clone).unwrap();
     let lengths = filters.0.kinds.each_ref().map(Vec::len);
     assert!(lengths.iter().all(|length| *length <= 50), "{lengths:?}");
     assert!(filters.0.outer.len() <= 250, "{}", filters.0.outer.len());
+}
+
+#[test]
+fn who_makes_a_template_can_open_and_start_nothing_at_any_time() {
+    let outer = outer(Work::Template);
+    for name in [
+        "open",
+        "openat",
+        "openat2",
+        "creat",
+        "socket",
+        "connect",
+        "execve",
+        "execveat",
+        "fork",
+        "vfork",
+        "mount",
+        "setns",
+        "unshare",
+        "ptrace",
+        "chmod",
+        "fchmod",
+        "ftruncate",
+        "rename",
+        "unlink",
+        "kill",
+        "setresuid",
+    ] {
+        let number: Sysno = name.parse().unwrap();
+        assert!(!outer.contains_key(&i64::from(number.id())), "{name}");
+    }
+    // Nor a thread, a VM or a filter once its guest may run.
+    for kind in KINDS {
+        let rules = of(kind, Work::Template);
+        for name in [
+            "clone",
+            "clone3",
+            "seccomp",
+            "prctl",
+            "socketpair",
+            "fcntl",
+            "mincore",
+        ] {
+            let number: Sysno = name.parse().unwrap();
+            assert!(!rules.contains_key(&i64::from(number.id())), "{kind:?}: {name}");
+        }
+    }
 }
 
 #[test]
@@ -203,9 +257,28 @@ fn numbers_of_ioctls_are_those_of_their_names() {
             number::<kvm::kvm_pre_fault_memory>(READ | WRITE, 0xd5),
         ),
         ("FIONBIO", libc::FIONBIO),
+        (
+            "KVM_GET_MSR_INDEX_LIST",
+            number::<kvm::kvm_msr_list>(READ | WRITE, 0x02),
+        ),
+        (
+            "KVM_GET_SUPPORTED_CPUID",
+            number::<kvm::kvm_cpuid2>(READ | WRITE, 0x05),
+        ),
+        ("KVM_GET_IRQCHIP", number::<kvm::kvm_irqchip>(READ | WRITE, 0x62)),
+        ("KVM_GET_CLOCK", number::<kvm::kvm_clock_data>(READ, 0x7c)),
+        ("KVM_GET_REGS", number::<kvm::kvm_regs>(READ, 0x81)),
+        ("KVM_GET_SREGS", number::<kvm::kvm_sregs>(READ, 0x83)),
+        ("KVM_GET_LAPIC", number::<kvm::kvm_lapic_state>(READ, 0x8e)),
+        ("KVM_GET_CPUID2", number::<kvm::kvm_cpuid2>(READ | WRITE, 0x91)),
+        ("KVM_GET_MP_STATE", number::<kvm::kvm_mp_state>(READ, 0x98)),
+        ("KVM_GET_VCPU_EVENTS", number::<kvm::kvm_vcpu_events>(READ, 0x9f)),
+        ("KVM_GET_DEBUGREGS", number::<kvm::kvm_debugregs>(READ, 0xa1)),
+        ("KVM_GET_XSAVE", number::<kvm::kvm_xsave>(READ, 0xa4)),
+        ("KVM_GET_XCRS", number::<kvm::kvm_xcrs>(READ, 0xa6)),
     ];
-    let mut lists = vec![("setup", SETUP)];
-    lists.extend(KINDS.map(|kind| (kind.name(), kind.list())));
+    let mut lists: Vec<List> = WORKS.map(Work::setup).to_vec();
+    lists.extend(KINDS.iter().flat_map(|kind| kind.lists(Work::Template)));
     let mut seen = 0;
     for (name, text) in lists {
         for call in parse(name, text).unwrap() {

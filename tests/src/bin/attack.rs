@@ -5,7 +5,7 @@ use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use picovm_jailer::{Cgroup, Ended, Jailer, Mode, Policy, Resource, SeccompMode, ThreadKind};
+use picovm_jailer::{Cgroup, Ended, Jailer, Mode, Policy, Resource, SeccompMode, ThreadKind, Work};
 use picovm_tests::attacks::{ATTACKS, Attack, KVM, MEMFD, MEMORY, SECRET, prey};
 
 fn main() -> ExitCode {
@@ -67,10 +67,12 @@ fn run() -> anyhow::Result<u8> {
         rustix::mount::mount_change("/", private)?;
         return Ok(try_it(attack));
     }
-    let kind = match kind {
-        "vcpu" => ThreadKind::Vcpu,
-        "device" => ThreadKind::Device,
-        _ => ThreadKind::Control,
+    let (kind, work) = match kind {
+        "vcpu" => (ThreadKind::Vcpu, Work::Clone),
+        "device" => (ThreadKind::Device, Work::Clone),
+        "maker-vcpu" => (ThreadKind::Vcpu, Work::Template),
+        "maker-control" => (ThreadKind::Control, Work::Template),
+        _ => (ThreadKind::Control, Work::Clone),
     };
     let mut policy = Policy {
         cgroup: Some(Cgroup {
@@ -87,9 +89,10 @@ fn run() -> anyhow::Result<u8> {
     if walls == "walls" {
         policy.seccomp.mode = SeccompMode::Off;
     }
-    let mut jailer = Jailer::new(policy, Mode::Privileged)?;
+    let mut jailer = Jailer::for_work(policy, Mode::Privileged, work)?;
     jailer.prepare(1)?;
-    if walls == "whole" {
+    // Who makes templates is no child of a fork server.
+    if walls == "whole" && work == Work::Clone {
         jailer.become_server()?;
     }
     let filters = jailer.filters().clone();

@@ -46,7 +46,7 @@ fn waiting(options: &[&str]) -> Waiting {
     Waiting::start(&mut picovm(&[&["run"], options, &command].concat()))
 }
 
-fn status(process: &str, field: &str) -> String {
+pub fn status(process: &str, field: &str) -> String {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
     line.trim_start_matches(':')
@@ -62,6 +62,21 @@ fn namespace(process: &str, name: &str) -> std::path::PathBuf {
 
 /// Looks at a VMM process from outside.
 fn assert_jailed(process: &str) {
+    let files = [
+        "/dev/kvm",
+        "/dev/null",
+        "anon_inode:",
+        "socket:",
+        "pipe:",
+        "/memory",
+        "/image",
+        ".erofs",
+    ];
+    assert_jailed_with(process, &files);
+}
+
+/// The same of one that has these files open, each named by a part of its path.
+pub fn assert_jailed_with(process: &str, files: &[&str]) {
     assert!(status(process, "Uid").parse::<u32>().unwrap() >= 200_000);
     assert!(status(process, "Gid").parse::<u32>().unwrap() >= 200_000);
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
@@ -103,17 +118,7 @@ fn assert_jailed(process: &str) {
     for descriptor in std::fs::read_dir(format!("/proc/{process}/fd")).unwrap() {
         let leads_to = std::fs::read_link(descriptor.unwrap().path()).unwrap();
         let name = leads_to.to_string_lossy().into_owned();
-        let wanted = [
-            "/dev/kvm",
-            "/dev/null",
-            "anon_inode:",
-            "socket:",
-            "pipe:",
-            "/memory",
-            "/image",
-            ".erofs",
-        ];
-        assert!(wanted.iter().any(|part| name.contains(part)), "{name} is open");
+        assert!(files.iter().any(|part| name.contains(part)), "{name} is open");
     }
 }
 
@@ -211,15 +216,18 @@ fn isolated_memory_is_no_mapping_of_the_template() {
     assert!(stdout(&output).starts_with("12"), "{}", stdout(&output));
 }
 
-#[test]
-fn without_root_anywhere_a_container_runs_in_a_jail_too() {
-    let _alone = alone();
-    // Everything that another user needs, where it can read and write it; the image itself, where the store has a link.
-    let directory = tempfile::tempdir().unwrap();
-    let at = |name: &str| directory.path().join(name);
+/// `picovm` of a user who is nobody, with everything that it needs where that can read and write it, and with no template: those
+/// of the store are of other files. The image itself is where the store has a link.
+pub fn of_nobody(directory: &Path, arguments: &str) -> Command {
+    let at = |name: &str| directory.join(name);
     let binary = at("picovm");
     std::fs::create_dir(at("guest")).unwrap();
     std::fs::copy(picovm_tests::binary(), &binary).unwrap();
+    std::fs::copy(
+        picovm_tests::binary().with_file_name("picovm-vmm"),
+        at("picovm-vmm"),
+    )
+    .unwrap();
     std::fs::copy(crate::guest().kernel, at("guest/vmlinux")).unwrap();
     std::fs::copy(crate::guest().initramfs, at("guest/initramfs.cpio")).unwrap();
     let copied = Command::new("cp")
@@ -229,17 +237,27 @@ fn without_root_anywhere_a_container_runs_in_a_jail_too() {
         .status()
         .unwrap();
     assert!(copied.success());
-    let script = "mknod \"$KVM\" c 10 232 && chmod 666 \"$KVM\" && mount --bind \"$KVM\" /dev/kvm && \
+    let script = format!(
+        "mknod \"$KVM\" c 10 232 && chmod 666 \"$KVM\" && mount --bind \"$KVM\" /dev/kvm && \
                   chown -R 65534:65534 \"$PICOVM_HOME\" && chmod 755 \"$PICOVM_HOME/..\" && \
-                  exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all \"$0\" run debian \
-                  sh -c 'echo up; exec sleep 1000'";
-    let waiting = Waiting::start(
-        Command::new("unshare")
-            .args(["--mount", "sh", "-c", script])
-            .arg(&binary)
-            .env("PICOVM_HOME", at("store"))
-            .env("KVM", at("kvm")),
+                  exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all \"$0\" {arguments}"
     );
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c", &script])
+        .arg(&binary)
+        .env("PICOVM_HOME", at("store"))
+        .env("KVM", at("kvm"));
+    command
+}
+
+#[test]
+fn without_root_anywhere_a_container_runs_in_a_jail_too() {
+    let _alone = alone();
+    template();
+    let directory = tempfile::tempdir().unwrap();
+    let run = "run debian sh -c 'echo up; exec sleep 1000'";
+    let waiting = Waiting::start(&mut of_nobody(directory.path(), run));
     let vmm = waiting.vmm();
     assert_eq!(status(&vmm, "Uid"), "65534");
     assert_eq!(status(&vmm, "Seccomp"), "2");
@@ -251,7 +269,7 @@ fn without_root_anywhere_a_container_runs_in_a_jail_too() {
 }
 
 /// Cgroups of jails that are there.
-fn cgroups() -> usize {
+pub fn cgroups() -> usize {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     let roots = mounts.lines().filter_map(|line| {
         let (left, right) = line.split_once(" - cgroup")?;

@@ -7,6 +7,7 @@ mod doctor;
 mod faults;
 mod jailed;
 mod machine;
+mod makers;
 mod pool;
 mod run;
 mod separate;

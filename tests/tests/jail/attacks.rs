@@ -102,7 +102,7 @@ fn the_walls_alone_stop_what_they_are_said_to_stop() {
 
 #[test]
 fn the_whole_jail_stops_every_attack_whatever_the_thread() {
-    for kind in ["vcpu", "device", "control"] {
+    for kind in ["vcpu", "device", "control", "maker-vcpu", "maker-control"] {
         all(&format!("whole:{kind}"), |attack, status, said| {
             match attack.stopped_by {
                 StoppedBy::Walls | StoppedBy::Limits => status == REFUSED || status == KILLED,

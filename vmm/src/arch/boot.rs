@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -71,17 +72,61 @@ pub enum BootError {
     Memory(String),
 }
 
+/// A file to boot from: open, and its name for messages.
+pub struct BootFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl BootFile {
+    /// Opens the kernel.
+    ///
+    /// # Errors
+    /// [`BootError::Read`].
+    pub fn kernel(path: &Path) -> Result<Self, BootError> {
+        Self::open("the kernel", path)
+    }
+
+    /// Opens the initramfs.
+    ///
+    /// # Errors
+    /// [`BootError::Read`].
+    pub fn initramfs(path: &Path) -> Result<Self, BootError> {
+        Self::open("the initramfs", path)
+    }
+
+    fn open(what: &'static str, path: &Path) -> Result<Self, BootError> {
+        match File::open(path) {
+            Ok(file) => Ok(Self {
+                file,
+                path: path.to_owned(),
+            }),
+            Err(source) => Err(BootError::Read {
+                what,
+                path: path.to_owned(),
+                source,
+            }),
+        }
+    }
+}
+
+impl AsFd for BootFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 /// Loads kernel, initramfs, command line, zero page, page tables and MP table; returns the entry point.
 pub fn load(
     memory: &GuestMemoryMmap,
-    kernel: &Path,
-    initramfs: Option<&Path>,
+    kernel: BootFile,
+    initramfs: Option<BootFile>,
     cmdline: &str,
     vcpus: u8,
 ) -> Result<GuestAddress, BootError> {
     let (entry, kernel_end) = load_kernel(memory, kernel)?;
     let initramfs = match initramfs {
-        Some(path) => Some(load_initramfs(memory, path, kernel_end)?),
+        Some(file) => Some(load_initramfs(memory, file, kernel_end)?),
         None => None,
     };
 
@@ -110,13 +155,14 @@ fn write(memory: &GuestMemoryMmap, address: u64, bytes: &[u8]) -> Result<(), Boo
         .map_err(|error| BootError::Memory(error.to_string()))
 }
 
-fn load_kernel(memory: &GuestMemoryMmap, path: &Path) -> Result<(GuestAddress, u64), BootError> {
+fn load_kernel(memory: &GuestMemoryMmap, kernel: BootFile) -> Result<(GuestAddress, u64), BootError> {
+    let BootFile { mut file, path } = kernel;
+    let path = path.as_path();
     let read = |source| BootError::Read {
         what: "the kernel",
         path: path.to_owned(),
         source,
     };
-    let mut file = File::open(path).map_err(read)?;
     let mut start = [0u8; 4];
     let have = file.read(&mut start).map_err(read)?;
     if start != *b"\x7fELF" {
@@ -153,13 +199,18 @@ fn load_kernel(memory: &GuestMemoryMmap, path: &Path) -> Result<(GuestAddress, u
 }
 
 /// Puts the initramfs at the end of low RAM, page-aligned, and returns its address and size.
-fn load_initramfs(memory: &GuestMemoryMmap, path: &Path, kernel_end: u64) -> Result<(u64, u64), BootError> {
+fn load_initramfs(
+    memory: &GuestMemoryMmap,
+    initramfs: BootFile,
+    kernel_end: u64,
+) -> Result<(u64, u64), BootError> {
+    let BootFile { mut file, path } = initramfs;
+    let path = path.as_path();
     let read = |source| BootError::Read {
         what: "the initramfs",
         path: path.to_owned(),
         source,
     };
-    let mut file = File::open(path).map_err(read)?;
     let size = file.metadata().map_err(read)?.len();
     let low_end = low_ram_end(memory);
     let address = low_end
@@ -343,9 +394,15 @@ mod tests {
     #[test]
     fn a_file_that_is_no_kernel_is_named_with_what_it_is() {
         let load = |bytes: &[u8]| {
-            load(&memory(), file(bytes).path(), None, "", 1)
-                .unwrap_err()
-                .to_string()
+            load(
+                &memory(),
+                BootFile::kernel(file(bytes).path()).unwrap(),
+                None,
+                "",
+                1,
+            )
+            .unwrap_err()
+            .to_string()
         };
         assert!(load(b"").contains("empty"));
         assert!(load(b"MZ\x90\x00").contains("bzImage"));
@@ -366,11 +423,26 @@ mod tests {
         elf[88..96].copy_from_slice(&layout::HIGH_MEMORY.to_le_bytes()); // p_paddr
         elf[96..104].copy_from_slice(&1u64.to_le_bytes()); // p_filesz
         elf[104..112].copy_from_slice(&(1u64 << 20).to_le_bytes()); // p_memsz
-        assert!(load(&memory(), file(&elf).path(), None, "", 1).is_ok());
+        assert!(
+            load(
+                &memory(),
+                BootFile::kernel(file(&elf).path()).unwrap(),
+                None,
+                "",
+                1
+            )
+            .is_ok()
+        );
         elf[104..112].copy_from_slice(&(1u64 << 30).to_le_bytes());
-        let error = load(&memory(), file(&elf).path(), None, "", 1)
-            .unwrap_err()
-            .to_string();
+        let error = load(
+            &memory(),
+            BootFile::kernel(file(&elf).path()).unwrap(),
+            None,
+            "",
+            1,
+        )
+        .unwrap_err()
+        .to_string();
         assert!(error.contains("takes 1025 MiB and the guest has 32"), "{error}");
     }
 
@@ -378,7 +450,8 @@ mod tests {
     fn an_initramfs_larger_than_memory_is_refused() {
         let large = tempfile::NamedTempFile::new().unwrap();
         large.as_file().set_len(64 << 20).unwrap();
-        let error = load_initramfs(&memory(), large.path(), 16 << 20).unwrap_err();
+        let error =
+            load_initramfs(&memory(), BootFile::initramfs(large.path()).unwrap(), 16 << 20).unwrap_err();
         assert!(error.to_string().contains("does not fit into 32 MiB"));
     }
 }

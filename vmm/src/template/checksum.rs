@@ -67,6 +67,15 @@ pub fn data_chunks(file: &File, bytes: u64) -> io::Result<BTreeSet<u64>> {
 
 /// Reads a memory file as it is on disk, holes skipped, and returns its checksum.
 pub fn of_memory(file: &File, bytes: u64) -> io::Result<String> {
+    of_memory_and_data(file, bytes).map(|(checksum, _)| checksum)
+}
+
+/// Bytes of a page.
+const PAGE: usize = 4096;
+
+/// The same, and the bytes of pages that are not all zero.
+pub fn of_memory_and_data(file: &File, bytes: u64) -> io::Result<(String, u64)> {
+    let mut data = 0u64;
     let mut checksum = MemoryChecksum::new(bytes);
     let mut buffer = vec![0u8; CHUNK];
     for index in data_chunks(file, bytes)? {
@@ -78,9 +87,11 @@ pub fn of_memory(file: &File, bytes: u64) -> io::Result<String> {
         file.read_exact_at(chunk, start)?;
         if !is_zero(chunk) {
             checksum.chunk(index, chunk);
+            let pages = chunk.chunks(PAGE).filter(|page| !is_zero(page));
+            data = pages.fold(data, |sum, page| sum.saturating_add(page.len() as u64));
         }
     }
-    Ok(checksum.finish())
+    Ok((checksum.finish(), data))
 }
 
 #[cfg(test)]

@@ -121,6 +121,14 @@ pub enum TemplateError {
         /// Processor of this host.
         here: Box<Processor>,
     },
+    /// What was written is not what was to be.
+    #[error(
+        "what was written for the new template is not the machine that was asked for: {reason}. It was not kept"
+    )]
+    Refused {
+        /// What differs.
+        reason: String,
+    },
     /// There is a template at the place already.
     #[error("cannot freeze into {}: it exists already", path.display())]
     Exists {

@@ -23,13 +23,17 @@
 )]
 
 mod checksum;
+mod draft;
+mod expected;
 mod format;
 mod freeze;
 mod large_pages;
 mod open;
 
+pub use draft::{Draft, FrozenFiles, partial_prefix};
+pub use expected::Expected;
 pub use format::{FORMAT_VERSION, FileRecord, Metadata, TemplateError, encode as encode_metadata};
-pub use freeze::{FreezeOptions, partial_prefix};
+pub use freeze::FreezeOptions;
 pub use open::{ForkOptions, Template};
 
 /// The pure parses of a template's files, for the fuzz targets.

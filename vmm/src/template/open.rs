@@ -143,6 +143,30 @@ impl Template {
         }
     }
 
+    /// The same template with other files for its disks, opened now: see [`ForkOptions::disks`]. Forking a clone of it opens
+    /// nothing.
+    ///
+    /// # Errors
+    /// [`TemplateError::Machine`] for a file that cannot be opened, or is not as large as the guest knows it.
+    pub fn on_disks(mut self, disks: &[PathBuf]) -> Result<Self, TemplateError> {
+        let mut disks = disks.iter();
+        for (state, shared) in self.state.slots.iter_mut().zip(&mut self.shared) {
+            if let SlotState::Block { device, path, .. } = state
+                && let Some(other) = disks.next()
+            {
+                let backend = FileBackend::open_for_clone(other, device).map_err(MachineError::from)?;
+                *shared = Some(backend).filter(FileBackend::is_read_only);
+                path.clone_from(other);
+            }
+        }
+        Ok(self)
+    }
+
+    /// Its machine's state.
+    pub(super) fn state(&self) -> &MachineState {
+        &self.state
+    }
+
     /// Its directory.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -184,6 +208,13 @@ impl Template {
     #[must_use]
     pub fn working_set(&self) -> Option<&WorkingSet> {
         self.working_set.as_ref()
+    }
+
+    /// Decodes which pages a start touches, from bytes that nobody vouches for; `None` if they are none, or make no sense for this
+    /// template.
+    #[must_use]
+    pub fn decode_working_set(&self, bytes: &[u8]) -> Option<WorkingSet> {
+        decode_working_set(bytes, self.metadata.memory_mib)
     }
 
     /// Keeps beside the template which pages a start touches: [`Machine::working_set`] of a clone that has run one. Where
@@ -344,7 +375,7 @@ fn compare_memory(directory: &Path, memory: &File, record: &FileRecord) -> Resul
     }
 }
 
-fn read_small(path: &Path) -> Result<Vec<u8>, TemplateError> {
+pub(super) fn read_small(path: &Path) -> Result<Vec<u8>, TemplateError> {
     let mut bytes = Vec::new();
     File::open(path)
         .and_then(|file| file.take(SMALL_FILE_MAX).read_to_end(&mut bytes))
@@ -385,7 +416,7 @@ fn recorded(directory: &Path) -> Option<Verified> {
     serde_json::from_slice(&read_small(&directory.join(VERIFIED)).ok()?).ok()
 }
 
-/// Records that the memory, just written by this process, is what its checksum says.
+/// Records that the memory, just read by this process, is what its checksum says.
 pub(super) fn record_written(directory: &Path, checksum: &str) {
     let file = File::open(directory.join(MEMORY)).ok();
     record(
@@ -417,7 +448,7 @@ fn recorded_working_set(directory: &Path, memory_mib: u64) -> Option<WorkingSet>
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::devices::legacy::PortsState;
     use crate::devices::trap::TrapState;
@@ -428,7 +459,7 @@ mod tests {
 
     const MIB: u64 = 32;
 
-    fn state() -> MachineState {
+    pub(crate) fn state() -> MachineState {
         MachineState {
             memory_mib: MIB,
             vm: VmState {

@@ -102,7 +102,7 @@ impl SavedQueue {
 }
 
 /// What is saved of a transport.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct TransportState {
     driver_features: u64,
     device_features_select: u32,

@@ -1,0 +1,145 @@
+//! Making templates, seen from who needs one: the machine of a template is booted, and saved, in a jailed process that a
+//! `picovm-vmm make-template` starts. What it writes is looked at here before it becomes a template.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use picovm_vmm::MachineConfig;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::{Deserialize, Serialize};
+
+use crate::confinement::Confinement;
+use crate::error::EngineError;
+use crate::maker_process::{END_MAX, MAKE_MAX};
+use crate::messages;
+use crate::pool::{find_program, wait_readable};
+
+/// The first argument of `picovm-vmm` for this.
+pub const MAKE_TEMPLATE: &str = "make-template";
+
+/// What a process is to do, in the order in which a template of an image comes about. The descriptors of the files that it
+/// fills come with it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Order {
+    /// Boot a machine to its first freeze point and save it: memory, then state.
+    Boot {
+        /// The machine.
+        config: MachineConfig,
+        /// Where the files are, for messages.
+        directory: PathBuf,
+    },
+    /// Let a clone of a base go on to its freeze point with an image, and save it: memory, then state.
+    Image {
+        /// The base.
+        base: PathBuf,
+        /// The image.
+        image: PathBuf,
+        /// Where the files are, for messages.
+        directory: PathBuf,
+    },
+    /// Run a container, and write which pages that touched.
+    Try {
+        /// The template.
+        template: PathBuf,
+    },
+}
+
+/// From the one who starts the jailed process.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum FromMaker {
+    /// The machine has reached its freeze point; it is being saved.
+    FreezePoint,
+    /// The process has ended, and its files are written, or are not for this reason.
+    Ended(Result<(), String>),
+}
+
+/// How long after the time that a process has its starter may take to say that it has killed it.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
+
+fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
+    EngineError::host(attempted)
+}
+
+/// Who starts jailed processes that make templates: a process with one thread, which this one need not be. Dropping it ends it,
+/// and whatever it has started.
+pub(crate) struct Maker {
+    control: UnixStream,
+    process: Child,
+}
+
+impl Maker {
+    /// # Errors
+    /// [`EngineError::NoVmm`], [`EngineError::Host`].
+    pub(crate) fn start(confinement: Confinement) -> Result<Self, EngineError> {
+        let (control, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
+        let mut command = Command::new(find_program()?);
+        command.arg(MAKE_TEMPLATE);
+        match confinement {
+            Confinement::Jailed => {}
+            Confinement::CallsLogged => {
+                command.arg("--seccomp=log");
+            }
+            Confinement::Unconfined => {
+                command.arg("--no-jail");
+            }
+        }
+        let process = command
+            // What the caller has in its environment is no business of a process that a guest may take over.
+            .env_clear()
+            // With more than eight threads the C library would count the processors to know how many arenas of its allocator
+            // are good, and for that open files.
+            .env("MALLOC_ARENA_MAX", "2")
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(failed("start picovm-vmm, which makes templates"))?;
+        Ok(Self { control, process })
+    }
+
+    /// Has an order carried out, into these files. When it returns nobody writes to them any more.
+    ///
+    /// # Errors
+    /// [`EngineError::Vmm`] with what went wrong in the process, or how that ended; [`EngineError::Host`].
+    pub(crate) fn carry_out(
+        &mut self,
+        order: &Order,
+        files: &[BorrowedFd<'_>],
+        at_freeze_point: &mut dyn FnMut(),
+    ) -> Result<(), EngineError> {
+        let gone =
+            || EngineError::Vmm("cannot make the template: picovm-vmm, which makes it, has ended".into());
+        messages::send(&self.control, order, files).map_err(|_| gone())?;
+        loop {
+            let told = wait_readable(&self.control, MAKE_MAX.saturating_add(ANSWER_MAX))
+                .and_then(|()| messages::receive(&self.control));
+            match told {
+                Ok(Some((FromMaker::FreezePoint, _))) => at_freeze_point(),
+                Ok(Some((FromMaker::Ended(ended), _))) => return ended.map_err(EngineError::Vmm),
+                Ok(None) => return Err(gone()),
+                Err(error) => {
+                    // Its children end with it.
+                    let _ = self.process.kill();
+                    return Err(failed("wait for the process that makes a template")(error));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Maker {
+    fn drop(&mut self) {
+        let _ = self.control.shutdown(std::net::Shutdown::Both);
+        // It ends at once, unless it has a process to take down. One that cannot be waited for is not waited for long.
+        let ended = pidfd_open(Pid::from_child(&self.process), PidfdFlags::empty())
+            .map_err(io::Error::from)
+            .and_then(|process| wait_readable(&process, END_MAX.saturating_add(ANSWER_MAX)));
+        if ended.is_err() {
+            let _ = self.process.kill();
+        }
+        let _ = self.process.wait();
+    }
+}
