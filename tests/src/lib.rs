@@ -103,6 +103,13 @@ pub fn children(process: u32) -> Vec<u32> {
         .collect()
 }
 
+/// Kills a process, unless it has ended.
+pub fn kill(process: u32) {
+    if let Some(process) = rustix::process::Pid::from_raw(process.cast_signed()) {
+        let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+    }
+}
+
 /// The monitor of the container that this `picovm run` has started, and its VMM process.
 ///
 /// # Errors

@@ -9,8 +9,8 @@ fn pid(container: &Container) -> i32 {
 }
 
 fn kill(pid: i32) {
-    // SAFETY: a plain system call, on a process that this test has started.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    use rustix::process::{Pid, Signal, kill_process};
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
 }
 
 #[test]

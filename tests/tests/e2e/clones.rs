@@ -158,8 +158,7 @@ fn a_container_outlives_its_command_and_a_killed_monitor_leaves_no_process() {
         stdout(&output)
     };
     assert_eq!(status(), "running 0");
-    // SAFETY: a plain system call, on a process that this test has started.
-    assert_eq!(unsafe { libc::kill(monitor as i32, libc::SIGKILL) }, 0);
+    picovm_tests::kill(monitor);
     let gone = || {
         [monitor, vmm]
             .iter()

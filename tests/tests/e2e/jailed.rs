@@ -32,8 +32,7 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         if let Ok((monitor, _)) = picovm_tests::monitor_and_vmm(self.0.id()) {
-            // SAFETY: a plain system call, on a process that a child of this one has started and not waited for.
-            unsafe { libc::kill(monitor as i32, libc::SIGKILL) };
+            picovm_tests::kill(monitor);
         }
         let _ = self.0.kill();
         let _ = self.0.wait();
