@@ -1,15 +1,15 @@
 //! The command line.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use picovm_engine::POOL_MAX;
 
+use crate::container::arguments::{
+    ContainerCommand, ContainerGroup, EventsOptions, InspectOptions, PsOptions,
+};
 use crate::image_arguments::{
-    ImageCommand, InspectOptions, ListOptions, LoadArguments, PruneOptions, RemoveOptions, SaveOptions,
-    TagOptions,
+    ImageCommand, ListOptions, LoadArguments, PruneOptions, RemoveOptions, SaveOptions, TagOptions,
 };
 use crate::pull_arguments::{PullArguments, parse_bytes};
 
@@ -26,8 +26,17 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Run a command in a new container
-    Run(RunOptions),
+    #[command(flatten)]
+    Container(ContainerCommand),
+    /// List containers
+    Ps(PsOptions),
+    /// Show containers and images as JSON
+    Inspect(InspectOptions),
+    /// Show what happens to containers
+    Events(EventsOptions),
+    /// The same commands of containers, and a few more
+    #[command(name = "container", subcommand)]
+    Group(ContainerGroup),
     /// Fetch an image from a registry
     Pull(PullArguments),
     /// List images
@@ -36,8 +45,6 @@ pub enum Command {
     Rmi(RemoveOptions),
     /// Give an image another name
     Tag(TagOptions),
-    /// Show images as JSON
-    Inspect(InspectOptions),
     /// Load images of an archive or an OCI image layout
     Load(LoadArguments),
     /// Write images as an archive
@@ -75,64 +82,6 @@ pub struct MachineOptions {
     /// vCPUs, 1 to 8
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     pub cpus: u8,
-}
-
-#[derive(Args)]
-#[command(
-    after_help = "The exit status is that of the command; 128 + N if signal N ended it; 127 if it does not exist; \
-126 if it cannot be executed; 125 if picovm itself failed; 124 if --timeout ended it."
-)]
-pub struct RunOptions {
-    #[command(flatten)]
-    pub machine: MachineOptions,
-    /// Set an environment variable; without =VALUE it is taken from this environment
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    pub env: Vec<OsString>,
-    /// Working directory in the container, made if it does not exist; by default the image's, or /
-    #[arg(short, long, value_name = "DIR")]
-    pub workdir: Option<OsString>,
-    /// Run as this user, by name or number of the container; by default the image's, or root
-    #[arg(short, long, value_name = "USER[:GROUP]")]
-    pub user: Option<OsString>,
-    /// Run this program instead of the image's entry point and command; empty for none
-    #[arg(long, value_name = "PROGRAM")]
-    pub entrypoint: Option<String>,
-    /// Host name; by default the container's id
-    #[arg(long, value_name = "NAME", value_parser = parse_hostname)]
-    pub hostname: Option<String>,
-    /// Connect standard input
-    #[arg(short, long)]
-    pub interactive: bool,
-    /// Kill the container after this time, as 30, 500ms, 5m or 1h
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub timeout: Option<Duration>,
-    /// Write the guest's console output to this file
-    #[arg(long, value_name = "FILE")]
-    pub console_log: Option<PathBuf>,
-    /// Share no page of memory with other containers, for those who mind what can be told from the time that an access takes;
-    /// starts later and takes more memory
-    #[arg(long)]
-    pub isolate_memory: bool,
-    /// For debugging: run the VMM process unconfined, so that a guest that breaks out of its VM can do what you can
-    #[arg(long)]
-    pub no_jail: bool,
-    /// What happens when the VMM makes a system call that its jail does not allow
-    #[arg(
-        long,
-        value_name = "MODE",
-        value_enum,
-        default_value = "kill",
-        conflicts_with = "no_jail"
-    )]
-    pub seccomp: SeccompMode,
-    /// Accepted for compatibility: a container never outlives its command
-    #[arg(long)]
-    pub rm: bool,
-    /// The image's name
-    pub image: String,
-    /// The command and its arguments; by default the image's. To an image with an entry point, they are arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub command: Vec<OsString>,
 }
 
 /// What happens at a system call that is not allowed.
@@ -242,25 +191,8 @@ fn parse_memory(text: &str) -> Result<u64, String> {
     parse_bytes(text).map(|bytes| bytes >> 20)
 }
 
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| "a time is a number with ms, s, m or h".to_owned())?;
-    let milliseconds: u64 = match text.get(digits.len()..).unwrap_or_default() {
-        "ms" => 1,
-        "" | "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        other => return Err(format!("{other:?} is no unit: use ms, s, m or h")),
-    };
-    let total = number
-        .checked_mul(milliseconds)
-        .ok_or_else(|| "this time is too long".to_owned())?;
-    Ok(Duration::from_millis(total))
-}
-
-fn parse_hostname(text: &str) -> Result<String, String> {
+/// A host name.
+pub fn parse_hostname(text: &str) -> Result<String, String> {
     let allowed = |character: char| character.is_ascii_alphanumeric() || "-._".contains(character);
     if (1..=64).contains(&text.len()) && text.chars().all(allowed) {
         Ok(text.to_owned())
@@ -280,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_times_are_read_as_docker_users_type_them() {
+    fn sizes_are_read_as_docker_users_type_them() {
         assert_eq!(parse_memory("256m"), Ok(256));
         assert_eq!(parse_memory("1G"), Ok(1024));
         assert_eq!(parse_memory("134217728"), Ok(128));
@@ -288,19 +220,56 @@ mod tests {
         assert!(parse_memory("m").is_err());
         assert!(parse_memory("5x").is_err());
         assert!(parse_memory("99999999999g").is_err());
-        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(parse_duration("2"), Ok(Duration::from_secs(2)));
-        assert!(parse_duration("2y").is_err());
     }
 
     #[test]
     fn options_of_the_command_are_the_command_s() {
         let cli = Cli::try_parse_from(["picovm", "run", "-m", "64m", "debian", "ls", "-l", "--all"]).unwrap();
-        let Command::Run(options) = cli.command else {
+        let Command::Container(ContainerCommand::Run(options)) = cli.command else {
             panic!("not run")
         };
-        assert_eq!(options.command, ["ls", "-l", "--all"]);
-        assert_eq!(options.machine.memory, 64);
+        assert_eq!(options.create.command, ["ls", "-l", "--all"]);
+        assert_eq!(options.create.limits.memory, Some(64 << 20));
+    }
+
+    #[test]
+    fn commands_of_containers_are_the_same_with_and_without_that_word() {
+        for words in [
+            "run -d --rm -h box debian",
+            "ps -aq",
+            "rm -f a b",
+            "start -ai a",
+            "stop -t 2 a",
+            "stop --time 2 a",
+            "exec -it a sh -c x",
+            "logs -fn 5 --since 10m a",
+            "cp a:/x -",
+            "top a -o pid",
+            "attach --sig-proxy=false a",
+            "commit -m x -c CMD a b",
+            "inspect -f {{.Id}} a",
+        ] {
+            for before in ["picovm", "picovm container"] {
+                let line = format!("{before} {words}");
+                if let Err(error) = Cli::try_parse_from(line.split(' ')) {
+                    panic!("{line}: {error}");
+                }
+            }
+        }
+        assert!(Cli::try_parse_from(["picovm", "container", "ls", "-a"]).is_ok());
+        assert!(Cli::try_parse_from(["picovm", "container", "prune", "-f"]).is_ok());
+        for wrong in [
+            "run -d --timeout 5 x",
+            "exec a",
+            "rm",
+            "logs --tail x a",
+            "run --memory 1m x",
+        ] {
+            assert!(
+                Cli::try_parse_from(format!("picovm {wrong}").split(' ')).is_err(),
+                "{wrong}"
+            );
+        }
     }
 
     #[test]

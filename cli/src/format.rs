@@ -6,6 +6,9 @@
 use anyhow::{Context, bail};
 use serde_json::Value;
 
+/// The field that holds labels by their names, for `.Label "NAME"`.
+pub const LABEL: &str = "Label";
+
 /// A template.
 pub struct Format {
     nodes: Vec<Node>,
@@ -255,6 +258,14 @@ fn evaluate(expression: &Expression, dot: &Value) -> anyhow::Result<Value> {
         piped = Some(match first {
             Word::Function(name) => call(name, &arguments)?,
             other if arguments.is_empty() => value(other, dot)?,
+            // Docker's only method with an argument: `.Label "NAME"`.
+            Word::Field(path) if path.last().is_some_and(|name| name == LABEL) => {
+                let labels = value(first, dot)?;
+                match arguments.as_slice() {
+                    [Value::String(name)] => labels.get(name).cloned().unwrap_or_else(|| "".into()),
+                    _ => bail!("a label is asked for as .Label \"NAME\""),
+                }
+            }
             _ => bail!("what is no function has no arguments"),
         });
     }
@@ -350,7 +361,7 @@ mod tests {
 
     fn rendered(format: &str) -> anyhow::Result<String> {
         Format::parse(format)?.render(&serde_json::json!({
-            "Repository": "debian", "Tag": "12", "Size": 5, "None": null,
+            "Repository": "debian", "Tag": "12", "Size": 5, "None": null, "Label": {"a.b": "1"},
             "Config": {"Cmd": ["sh", "-c"], "Labels": {"a": "1", "b": "2"}, "Empty": []},
         }))
     }
@@ -371,6 +382,7 @@ mod tests {
             ("a {{- .Tag -}} b", "a12b"),
             ("{{len .Config.Cmd}} {{.None}} {{.None.Deeper}}", "2 <nil> <nil>"),
             ("{{println .Tag}}", "12\n"),
+            ("{{.Label \"a.b\"}}{{.Label \"c\"}}", "1"),
         ] {
             assert_eq!(rendered(format).unwrap(), expected, "{format}");
         }

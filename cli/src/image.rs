@@ -1,15 +1,15 @@
 //! `picovm image`, and the commands that are the same without that word.
 
-use std::collections::BTreeSet;
-use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
 use indicatif::ProgressBar;
-use picovm_engine::{EngineError, Store};
+use picovm_engine::containers::Record;
+use picovm_engine::{EngineError, Image, Removed, Store};
 
 use crate::image_arguments::{ImageCommand, PruneOptions, RemoveOptions};
-use crate::{image_list, output, transfer, view};
+use crate::{container, image_list, output, transfer, view};
 
 pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
     let store = Store::open_default()?;
@@ -48,8 +48,9 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
 /// Removes what can be; the others are told.
 fn remove(store: &Store, options: &RemoveOptions) -> anyhow::Result<ExitCode> {
     let mut code = ExitCode::SUCCESS;
+    let containers = store.containers()?.list()?;
     for name in &options.images {
-        match store.remove_image(name, options.force) {
+        match remove_one(store, name, options.force, &containers) {
             Ok(removed) => {
                 for name in removed.untagged {
                     println!("Untagged: {name}");
@@ -63,9 +64,10 @@ fn remove(store: &Store, options: &RemoveOptions) -> anyhow::Result<ExitCode> {
                     );
                 }
             }
-            Err(EngineError::NoImage { .. }) if options.force => {}
+            Err(error)
+                if options.force && matches!(error.downcast_ref(), Some(EngineError::NoImage { .. })) => {}
             Err(error) => {
-                eprintln!("picovm: {error}");
+                eprintln!("picovm: {}", output::sentence(&error));
                 code = ExitCode::FAILURE;
             }
         }
@@ -73,22 +75,60 @@ fn remove(store: &Store, options: &RemoveOptions) -> anyhow::Result<ExitCode> {
     Ok(code)
 }
 
-fn prune(store: &Store, options: &PruneOptions) -> anyhow::Result<ExitCode> {
-    if !options.force && io::stdin().is_terminal() {
-        let what = if options.all {
-            "all images"
-        } else {
-            "all images without a name"
-        };
-        print!("This removes {what}, and content that no image needs. Go on? [y/N] ");
-        io::stdout().flush()?;
-        let mut answer = String::new();
-        io::stdin().lock().read_line(&mut answer)?;
-        if !matches!(answer.trim(), "y" | "Y" | "yes") {
-            return Ok(ExitCode::SUCCESS);
-        }
+/// Removes an image, or only its name if a container needs its files.
+fn remove_one(store: &Store, name: &str, force: bool, containers: &[Record]) -> anyhow::Result<Removed> {
+    // One whose file is missing is needed by nobody.
+    let Ok(image) = store.image(name) else {
+        return Ok(store.remove_image(name, force)?);
+    };
+    let Some(user) = containers
+        .iter()
+        .find(|record| record.config.image_digest == image.digest)
+    else {
+        return Ok(store.remove_image(name, force)?);
+    };
+    // Another name or another image keeps the files.
+    let keeps = |other: &Image| {
+        other.digest == image.digest && (&other.name, other.id()) != (&image.name, image.id())
+    };
+    if !force && (image.name.is_empty() || !store.images()?.iter().any(keeps)) {
+        bail!(
+            "the image {name} is that of container {} ({}): remove that first with `picovm rm {}`, or only take the name away with \
+             --force",
+            user.name,
+            user.config.short_id(),
+            user.name
+        );
     }
-    let collected = store.prune(options.all, &BTreeSet::new())?;
+    if image.name.is_empty() {
+        bail!(
+            "the image {name} is that of container {} ({}) and has no name that could be taken away: remove the container first",
+            user.name,
+            user.config.short_id()
+        );
+    }
+    Ok(store.untag_image(&image.name)?)
+}
+
+fn prune(store: &Store, options: &PruneOptions) -> anyhow::Result<ExitCode> {
+    let what = if options.all {
+        "all images that no container needs"
+    } else {
+        "all images without a name"
+    };
+    if !container::confirmed(
+        options.force,
+        &format!("This removes {what}, and content that no image needs."),
+    )? {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let used = store
+        .containers()?
+        .list()?
+        .into_iter()
+        .map(|record| record.config.image_digest)
+        .collect();
+    let collected = store.prune(options.all, &used)?;
     if !collected.images.is_empty() {
         println!("Deleted images:");
         for id in &collected.images {

@@ -80,12 +80,13 @@ pub struct ListOptions {
   picovm rmi debian:12
   picovm rmi --force 4f3bca1d2e5c
 
-A name is removed, and with its last name the image. Containers that run go on.")]
+A name is removed, and with its last name the image, unless a container is made of it.")]
 pub struct RemoveOptions {
     /// Names or ids
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<String>,
-    /// Remove all names of an image that is given by its id, and do not mind images that are not there
+    /// Remove all names of an image that is given by its id, do not mind images that are not there, and take away names of images
+    /// that containers are made of
     #[arg(short, long)]
     pub force: bool,
 }
@@ -152,7 +153,7 @@ pub struct InspectOptions {
   picovm prune
   picovm prune --all --force")]
 pub struct PruneOptions {
-    /// Remove all images
+    /// Remove all images that no container is made of
     #[arg(short, long)]
     pub all: bool,
     /// Do not ask

@@ -220,6 +220,11 @@ fn matches(pattern: &str, text: &str) -> bool {
     }
 }
 
+/// The image of this name as `docker image inspect` describes it.
+pub fn describe(store: &Store, name: &str) -> anyhow::Result<Value> {
+    description(&store.image(name)?, &store.images()?)
+}
+
 pub fn inspect(store: &Store, options: &InspectOptions) -> anyhow::Result<ExitCode> {
     let all = store.images()?;
     let mut found = Vec::new();

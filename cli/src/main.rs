@@ -2,15 +2,14 @@
 
 mod arguments;
 mod bench;
+mod container;
 mod doctor;
 mod format;
 mod image;
 mod image_arguments;
-mod image_defaults;
 mod image_list;
 mod output;
 mod pull_arguments;
-mod run;
 mod template;
 mod transfer;
 mod view;
@@ -20,6 +19,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 
 use arguments::{Cli, Command};
+use container::arguments::ContainerGroup;
 use image_arguments::ImageCommand;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -29,17 +29,23 @@ const OWN_ERROR: u8 = 125;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     log(cli.verbose);
-    if !matches!(cli.command, Command::Run(_) | Command::Bench(_)) {
+    if !matches!(
+        cli.command,
+        Command::Container(_) | Command::Group(ContainerGroup::Same(_)) | Command::Bench(_)
+    ) {
         end_with_the_reader();
     }
     let result = match cli.command {
-        Command::Run(options) => run::run(&options),
+        Command::Container(command) => return container::container(command),
+        Command::Group(command) => return container::group(command),
+        Command::Ps(options) => return ended(container::ps(&options)),
+        Command::Inspect(options) => return ended(container::inspect(&options)),
+        Command::Events(options) => return ended(container::events(&options)),
         Command::Image(command) => return ended(image::image(&command)),
         Command::Pull(options) => return ended(image::image(&ImageCommand::Pull(options))),
         Command::Images(options) => return ended(image::image(&ImageCommand::Ls(options))),
         Command::Rmi(options) => return ended(image::image(&ImageCommand::Rm(options))),
         Command::Tag(options) => return ended(image::image(&ImageCommand::Tag(options))),
-        Command::Inspect(options) => return ended(image::image(&ImageCommand::Inspect(options))),
         Command::Load(options) => return ended(image::image(&ImageCommand::Load(options))),
         Command::Save(options) => return ended(image::image(&ImageCommand::Save(options))),
         Command::Prune(options) => return ended(image::image(&ImageCommand::Prune(options))),
@@ -51,18 +57,12 @@ fn main() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
     };
-    result.unwrap_or_else(|error| {
-        eprintln!("picovm: {}", output::sentence(&error));
-        ExitCode::from(OWN_ERROR)
-    })
+    output::ended_with(result, OWN_ERROR)
 }
 
 /// The status of a command that runs no container: as in Docker, 1 if it failed.
 fn ended(result: anyhow::Result<ExitCode>) -> ExitCode {
-    result.unwrap_or_else(|error| {
-        eprintln!("picovm: {}", output::sentence(&error));
-        ExitCode::FAILURE
-    })
+    output::ended_with(result, 1)
 }
 
 /// `picovm image ls | head` ends silently, as other commands do. `run` handles a closed pipe itself; `bench` calls this

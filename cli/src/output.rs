@@ -1,6 +1,9 @@
 //! What people see: tables, sizes, times.
 
+use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
 
 /// Prints rows under headings, columns aligned.
 pub fn table(headings: &[&str], rows: &[Vec<String>]) {
@@ -21,6 +24,37 @@ pub fn table(headings: &[&str], rows: &[Vec<String>]) {
     for row in rows {
         line(&mut row.iter().map(String::as_str));
     }
+}
+
+/// Prints a table of rows: the heading of each column, and the field that is in it.
+pub fn columns(columns: &[(&str, &str)], rows: &[Value]) {
+    let headings: Vec<&str> = columns.iter().map(|(heading, _)| *heading).collect();
+    let cell = |row: &Value, key: &str| {
+        row.get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let cells: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| columns.iter().map(|(_, key)| cell(row, key)).collect())
+        .collect();
+    table(&headings, &cells);
+}
+
+/// Prints each row as JSON on a line.
+pub fn lines(rows: &[Value]) {
+    for row in rows {
+        println!("{row}");
+    }
+}
+
+/// The status of a command: its own, or this one and a sentence on standard error.
+pub fn ended_with(result: anyhow::Result<ExitCode>, failed: u8) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("picovm: {}", sentence(&error));
+        ExitCode::from(failed)
+    })
 }
 
 /// Bytes in the unit that fits, 1,024 to the next.
@@ -64,9 +98,14 @@ pub fn since(time: chrono::DateTime<chrono::Utc>) -> String {
 }
 
 fn ago(seconds: i64) -> String {
+    format!("{} ago", span(seconds))
+}
+
+/// How long something took, as Docker tells it.
+pub fn span(seconds: i64) -> String {
     let (minutes, hours) = (seconds / 60, seconds / 3600);
     let days = hours / 24;
-    let told = match seconds {
+    match seconds {
         ..1 => "Less than a second".to_owned(),
         1 => "1 second".to_owned(),
         2..60 => format!("{seconds} seconds"),
@@ -78,8 +117,7 @@ fn ago(seconds: i64) -> String {
         _ if days < 60 => format!("{} weeks", days / 7),
         _ if days < 730 => format!("{} months", days / 30),
         _ => format!("{} years", days / 365),
-    };
-    format!("{told} ago")
+    }
 }
 
 /// How long ago a time in seconds since 1970 was.

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
@@ -16,18 +16,38 @@ use crate::view::View;
 /// Has `picovm-pull` do it, and becomes that. It is a program of its own because what it is made of, HTTP and TLS, would have
 /// every `picovm run` begin later: a program's relocations are made when it starts, used or not.
 pub fn pull(arguments: &PullArguments) -> anyhow::Result<ExitCode> {
+    let program = puller()?;
+    let error = Command::new(&program).args(words(arguments)).exec();
+    Err(error).with_context(|| format!("cannot execute {}", program.display()))
+}
+
+/// Fetches an image before something else is done with it; what there is to see of it goes to standard error.
+pub fn pull_first(name: &str) -> anyhow::Result<()> {
+    let program = puller()?;
+    let status = Command::new(&program)
+        .args(["--", name])
+        .stdout(io::stderr())
+        .status()
+        .with_context(|| format!("cannot execute {}", program.display()))?;
+    if !status.success() {
+        bail!("the image {name} could not be fetched");
+    }
+    Ok(())
+}
+
+/// Where `picovm-pull` is.
+fn puller() -> anyhow::Result<PathBuf> {
     let beside = std::env::current_exe().context("cannot find out where picovm lies")?;
     let beside = beside.parent().unwrap_or(Path::new("."));
     let places = ["", "../lib/picovm"].map(|place| beside.join(place).join("picovm-pull"));
-    let Some(program) = places.iter().find(|path| path.is_file()) else {
-        let looked: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();
-        bail!(
-            "there is no picovm-pull, which fetches images (looked at {}): `make build` puts it beside picovm",
-            looked.join(", ")
-        );
-    };
-    let error = Command::new(program).args(words(arguments)).exec();
-    Err(error).with_context(|| format!("cannot execute {}", program.display()))
+    if let Some(program) = places.iter().find(|path| path.is_file()) {
+        return Ok(program.clone());
+    }
+    let looked: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();
+    bail!(
+        "there is no picovm-pull, which fetches images (looked at {}): `make build` puts it beside picovm",
+        looked.join(", ")
+    )
 }
 
 /// The words of this command line.

@@ -47,8 +47,8 @@ pub use density::{Density, DensityPoint, DensityProgress};
 pub use error::EngineError;
 pub use guest::GuestFiles;
 pub use images::{
-    Collected, Digest, Healthcheck, History, Image, ImageActivity, ImageConfig, ImageName, ImagesError,
-    LoadOptions, LoadSource, Overrides, Platform, Removed, RootFs, RunConfig,
+    Collected, Commit, Digest, Healthcheck, History, Image, ImageActivity, ImageConfig, ImageName,
+    ImagesError, LoadOptions, LoadSource, Overrides, Platform, Removed, RootFs, RunConfig,
 };
 #[cfg(feature = "registry")]
 pub use images::{PullError, PullOptions, Pulled};

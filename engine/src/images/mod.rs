@@ -3,6 +3,7 @@
 
 mod blobs;
 mod build;
+mod commit;
 mod config;
 mod content;
 mod install;
@@ -21,6 +22,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 pub use blobs::Digest;
+pub use commit::Commit;
 pub use config::{Healthcheck, History, ImageConfig, Overrides, RootFs, RunConfig};
 pub use content::Platform;
 pub use install::ImageActivity;

@@ -154,6 +154,32 @@ impl Store {
         Ok(removed)
     }
 
+    /// Takes a name away, and keeps the image, without a name if it has no other. Nothing happens to one that has none.
+    ///
+    /// # Errors
+    /// As [`Store::image`].
+    pub fn untag_image(&self, text: &str) -> Result<Removed, EngineError> {
+        let _names = Lock::take(&self.names_lock())?;
+        let image = self.find_image(text)?;
+        let Some(record) = name::record(&image.name) else {
+            return Ok(Removed::default());
+        };
+        let elsewhere = |other: &Image| other.id() == image.id() && other.name != image.name;
+        if !self.images()?.iter().any(elsewhere) {
+            let kept = Image {
+                name: String::new(),
+                ..image.clone()
+            };
+            // First, so that it is never without a record.
+            self.write_image(&self.untagged_record(&kept), &kept)?;
+        }
+        store::remove(&self.names().join(record))?;
+        Ok(Removed {
+            untagged: vec![image.name],
+            ..Removed::default()
+        })
+    }
+
     /// Removes an image that has lost its name.
     pub(super) fn remove_untagged(&self, image: &Image) -> Result<(), EngineError> {
         store::remove(&self.untagged_record(image))?;

@@ -1,0 +1,181 @@
+//! `picovm run` and `picovm start`.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::bail;
+use picovm_engine::Store;
+use picovm_engine::containers::{Attachment, Client, ClientNews, Containers, Ending, Record, Status};
+use picovm_vmm::Template;
+
+use super::arguments::{CreateOptions, RunOptions, StartOptions, StreamName};
+use super::attach::{self, Ends, Wanted};
+use super::create;
+use crate::OWN_ERROR;
+
+/// The template of a container, which is built if it is not there.
+pub fn template(store: &Store, record: &Record) -> anyhow::Result<Template> {
+    let spec = create::template_spec(store, record)?;
+    Ok(store.template(&spec, &mut |progress| eprintln!("picovm: {progress}"))?)
+}
+
+/// `picovm run`.
+pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
+    let store = Store::open_default()?;
+    let containers = store.containers()?;
+    let wanted = wanted(&options.create, options.detach);
+    // What cannot be is said before anything is made.
+    let ends = Ends::open(wanted, &options.session.detach_keys)?;
+    let record = create::new_container(&store, &containers, &options.create)?;
+    let started = template(&store, &record).and_then(|template| {
+        let attachment = match options.detach {
+            true => announced(),
+            false => ends.attachment(false),
+        };
+        started(&containers, &record, &template, &attachment)
+    });
+    let client = match started {
+        Ok(client) => client,
+        Err(error) => {
+            // One that was to be removed when it has ended will never end.
+            if options.create.rm {
+                let _ = containers.remove(&record);
+            }
+            return Err(error);
+        }
+    };
+    if options.detach {
+        drop(ends);
+        return match until_started(&client)? {
+            Some(ending) if !ending.error.is_empty() => {
+                eprintln!("picovm: {}", ending.error);
+                Ok(ExitCode::from(if ending.code == 0 {
+                    OWN_ERROR
+                } else {
+                    ending.code
+                }))
+            }
+            _ => {
+                println!("{}", record.id());
+                Ok(ExitCode::SUCCESS)
+            }
+        };
+    }
+    let deadline = options
+        .timeout
+        .and_then(|timeout| Instant::now().checked_add(timeout));
+    let end = attach::follow(&client, ends, &attach::following(&options.session, deadline))?;
+    drop(client);
+    attach::status(&record.name, end)
+}
+
+/// Which streams are connected: all that there are, or those that are named.
+fn wanted(options: &CreateOptions, detach: bool) -> Wanted {
+    if detach {
+        return Wanted::default();
+    }
+    let named = |stream| options.attach.is_empty() || options.attach.contains(&stream);
+    Wanted {
+        terminal: options.tty,
+        stdin: create::wants_stdin(options) && named(StreamName::Stdin),
+        stdout: named(StreamName::Stdout),
+        stderr: named(StreamName::Stderr) && !options.tty,
+    }
+}
+
+/// Nothing is connected, and the start is told.
+fn announced() -> Attachment<'static> {
+    Attachment {
+        announce: true,
+        ..Attachment::default()
+    }
+}
+
+fn started(
+    containers: &Containers,
+    record: &Record,
+    template: &Template,
+    attachment: &Attachment<'_>,
+) -> anyhow::Result<Client> {
+    match containers.start(record, template, attachment)? {
+        Some(client) => Ok(client),
+        None => bail!("container {} was started by somebody else meanwhile", record.name),
+    }
+}
+
+/// Waits until the container's program runs; how it has ended, if that comes first.
+fn until_started(client: &Client) -> anyhow::Result<Option<Ending>> {
+    loop {
+        match client.news()? {
+            ClientNews::Started => return Ok(None),
+            ClientNews::Ended(ending) => return Ok(Some(ending)),
+            ClientNews::Gone => bail!("the container's monitor was killed, and the container with it"),
+            ClientNews::Exited(_) => {}
+        }
+    }
+}
+
+/// Starts a container that does not run, and leaves it alone.
+pub fn start_detached(store: &Store, containers: &Containers, record: &Record) -> anyhow::Result<()> {
+    let template = template(store, record)?;
+    let Some(client) = containers.start(record, &template, &announced())? else {
+        return Ok(());
+    };
+    match until_started(&client)? {
+        Some(ending) if !ending.error.is_empty() => {
+            bail!("cannot start container {}: {}", record.name, ending.error)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// `picovm start`.
+pub fn start(options: &StartOptions) -> anyhow::Result<ExitCode> {
+    let store = Store::open_default()?;
+    let containers = store.containers()?;
+    if options.attach || options.interactive {
+        let [name] = options.containers.as_slice() else {
+            bail!("only one container can be started with -a or -i");
+        };
+        return start_attached(&store, &containers, &containers.find(name)?, options);
+    }
+    Ok(super::each(
+        &containers,
+        &options.containers,
+        |record| match record.state.status {
+            Status::Paused => bail!(
+                "container {name} is paused: `picovm unpause {name}` lets it go on",
+                name = record.name
+            ),
+            Status::Running | Status::Restarting => Ok(()),
+            Status::Created | Status::Exited => start_detached(&store, &containers, record),
+        },
+    ))
+}
+
+fn start_attached(
+    store: &Store,
+    containers: &Containers,
+    record: &Record,
+    options: &StartOptions,
+) -> anyhow::Result<ExitCode> {
+    let config = &record.config;
+    let wanted = Wanted {
+        terminal: config.terminal,
+        stdin: options.interactive && config.stdin,
+        stdout: true,
+        stderr: !config.terminal,
+    };
+    let ends = Ends::open(wanted, &options.session.detach_keys)?;
+    let attachment = ends.attachment(false);
+    let client = if record.state.status.is_live() {
+        let client = containers.connect(record)?;
+        client.attach(&attachment)?;
+        client
+    } else {
+        started(containers, record, &template(store, record)?, &attachment)?
+    };
+    let end = attach::follow(&client, ends, &attach::following(&options.session, None))?;
+    drop(client);
+    attach::status(&record.name, end)
+}
