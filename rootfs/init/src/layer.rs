@@ -287,7 +287,7 @@ fn same_directory(here: &Metadata, image: &Stat) -> bool {
     here.mode() == image.st_mode
         && here.uid() == image.st_uid
         && here.gid() == image.st_gid
-        && here.mtime() == i64::try_from(image.st_mtime).unwrap_or(i64::MIN)
+        && here.mtime() == image.st_mtime
         && u64::try_from(here.mtime_nsec()) == Ok(image.st_mtime_nsec)
 }
 
