@@ -203,6 +203,8 @@ impl RunningContainer {
                 FromVmm::Parked => News::Gone(self.reap()),
             },
             Ok(None) => News::Gone(self.reap()),
+            // It has ended without looking at all that it was told.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => News::Gone(self.reap()),
             Err(error) => News::Gone(error.to_string()),
         }
     }

@@ -195,6 +195,35 @@ impl Monitor<'_> {
         }
     }
 
+    /// Takes what is left of the output of a main process that has ended: all of it was written before that was told. Its VMM
+    /// process may keep its ends of the pipes for as long as it is needed.
+    fn drain_outputs(&mut self) {
+        let outputs = self.running.as_ref().map_or(0, |running| running.outputs.len());
+        for index in (0..outputs).rev() {
+            loop {
+                let Some(running) = self.running.as_mut() else {
+                    return;
+                };
+                let Some((_, fd)) = running.outputs.get(index) else {
+                    break;
+                };
+                let now = Timespec {
+                    tv_sec: 0,
+                    tv_nsec: 0,
+                };
+                match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&now)) {
+                    Ok(0) => {
+                        running.outputs.remove(index);
+                        break;
+                    }
+                    Ok(_) => self.take_output(index),
+                    Err(Errno::INTR) => {}
+                    Err(_) => break,
+                }
+            }
+        }
+    }
+
     /// Takes standard input of who has attached.
     fn take_input(&mut self, id: u64) {
         let Some(feed) = self.running.as_mut().and_then(|running| running.feed.as_mut()) else {
@@ -233,9 +262,12 @@ impl Monitor<'_> {
     fn take_news(&mut self) {
         let Some(running) = &mut self.running else { return };
         match running.vmm.news() {
+            // One that was kept for its layer says so once more when it is let go.
+            News::Exit(_) if running.exit.is_some() => {}
             News::Exit(exit) => {
                 running.exit = Some(exit);
                 running.feed = None;
+                self.drain_outputs();
                 if !self.record.config.auto_remove {
                     self.begin_saving();
                 }
@@ -262,10 +294,11 @@ impl Monitor<'_> {
                 }
             }
             News::Gone(reason) => {
+                let why = format!("the clone has ended before it was saved: {reason}");
                 running.gone = Some(reason);
                 running.feed = None;
                 if running.saving.is_some() {
-                    self.end_saving(Err("the clone has ended".into()));
+                    self.end_saving(Err(why));
                 }
             }
         }
