@@ -28,7 +28,7 @@ const OWN_ERROR: u8 = 125;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    log(cli.verbose);
+    log(cli.verbose.saturating_add(cli.short_verbose));
     if !matches!(
         cli.command,
         Command::Container(_) | Command::Group(ContainerGroup::Same(_)) | Command::Bench(_)

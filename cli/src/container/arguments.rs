@@ -33,7 +33,7 @@ pub enum ContainerCommand {
     /// Run a command in a new container
     Run(Box<RunOptions>),
     /// Make a container, and do not start it
-    Create(Box<CreateOptions>),
+    Create(Box<CreateArguments>),
     /// Start containers that do not run
     Start(StartOptions),
     /// Ask containers to end, and kill those that do not
@@ -72,13 +72,22 @@ pub enum ContainerCommand {
     Diff(DiffOptions),
 }
 
-/// What is made of an image, and what of it runs.
 #[derive(Args)]
-#[command(after_help = "Examples:
+#[command(
+    disable_help_flag = true,
+    after_help = "Examples:
   picovm create --name web -e LANG=C debian sleep 1000
   picovm start web
 
-The id is printed. All options are those of `picovm run`.")]
+The id is printed. All options are those of `picovm run`."
+)]
+pub struct CreateArguments {
+    #[command(flatten)]
+    pub create: CreateOptions,
+}
+
+/// What is made of an image, and what of it runs.
+#[derive(Args)]
 pub struct CreateOptions {
     /// Name of the container; one is made up if there is none
     #[arg(long, value_name = "NAME")]
@@ -95,6 +104,9 @@ pub struct CreateOptions {
     /// Remove the container when it has ended
     #[arg(long)]
     pub rm: bool,
+    /// Print help; -h is the host name, as in Docker
+    #[arg(long, action = ArgAction::Help)]
+    pub help: Option<bool>,
     #[command(flatten)]
     pub process: ProcessOptions,
     #[command(flatten)]
@@ -361,9 +373,6 @@ pub struct RunOptions {
     pub session: SessionOptions,
     #[command(flatten)]
     pub create: CreateOptions,
-    /// Print help
-    #[arg(long, action = ArgAction::Help)]
-    pub help: Option<bool>,
 }
 
 /// How this terminal is connected.

@@ -613,7 +613,7 @@ mod tests {
         let Command::Container(ContainerCommand::Create(options)) = Cli::parse_from(words).command else {
             panic!("not create")
         };
-        *options
+        options.create
     }
 
     fn image() -> Image {

@@ -54,7 +54,7 @@ pub fn container(command: ContainerCommand) -> ExitCode {
     }
     match command {
         Do::Run(options) => output::ended_with(run::run(&options), OWN_ERROR),
-        Do::Create(options) => ended(create::create(&options).map(|()| ExitCode::SUCCESS)),
+        Do::Create(options) => ended(create::create(&options.create).map(|()| ExitCode::SUCCESS)),
         Do::Start(options) => ended(run::start(&options)),
         Do::Stop(options) => ended(lifecycle::stop(&options)),
         Do::Kill(options) => ended(lifecycle::kill(&options)),

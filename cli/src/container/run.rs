@@ -16,7 +16,10 @@ use crate::OWN_ERROR;
 /// The template of a container, which is built if it is not there.
 pub fn template(store: &Store, record: &Record) -> anyhow::Result<Template> {
     let spec = create::template_spec(store, record)?;
-    Ok(store.template(&spec, &mut |progress| eprintln!("picovm: {progress}"))?)
+    let confinement = record.config.confinement;
+    Ok(store.template_confined(&spec, confinement, &mut |progress| {
+        eprintln!("picovm: {progress}")
+    })?)
 }
 
 /// `picovm run`.
