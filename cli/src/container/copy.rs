@@ -93,8 +93,14 @@ pub fn copy(options: &CopyOptions) -> anyhow::Result<ExitCode> {
 
 /// The files of a container, whether it runs or not.
 pub enum Files {
-    Live { containers: Containers, record: Record },
-    Idle { idle: Box<Idle>, name: String },
+    Live {
+        containers: Containers,
+        record: Box<Record>,
+    },
+    Idle {
+        idle: Box<Idle>,
+        name: String,
+    },
 }
 
 impl Files {
@@ -109,7 +115,10 @@ impl Files {
     /// Those of a container.
     pub fn of(store: &Store, containers: Containers, record: Record) -> anyhow::Result<Self> {
         if record.state.status.is_live() {
-            return Ok(Self::Live { containers, record });
+            return Ok(Self::Live {
+                containers,
+                record: Box::new(record),
+            });
         }
         let template = run::template(store, &record)?;
         let idle = containers.open_idle(&record, &template)?;
@@ -267,8 +276,10 @@ fn out(files: &mut Files, path: &[u8], destination: &Place, options: &CopyOption
         path: plain.to_vec(),
         follow: options.follow_link || contents || plain.ends_with(b"/"),
     };
-    let status = files.status(path)?;
     let shown = String::from_utf8_lossy(path).into_owned();
+    let status = files
+        .status(path)
+        .with_context(|| format!("cannot copy {shown}"))?;
     let Place::Here(target) = destination else {
         if io::stdout().is_terminal() {
             bail!("an archive is not for a terminal: give a file by >, or a pipe");
