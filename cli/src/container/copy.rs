@@ -214,9 +214,9 @@ impl Files {
 
     /// Whether there is a directory, or a link to one.
     fn is_directory(&mut self, path: &[u8]) -> Result<bool, EngineError> {
-        let inside = [path, b"/."].concat();
-        match self.status(&inside) {
-            Ok(_) => Ok(true),
+        let followed = [path, b"/."].concat();
+        match self.status(&followed) {
+            Ok(status) => Ok(status.mode & S_IFMT == S_IFDIR),
             Err(EngineError::Agent { .. }) => Ok(false),
             Err(error) => Err(error),
         }
@@ -249,10 +249,11 @@ enum Top {
 impl Top {
     /// A path of an archive, with its first name changed; nothing if nothing of it is left.
     fn of(&self, path: &Path) -> Option<PathBuf> {
-        let mut parts = path.components().filter(|part| *part != Component::CurDir);
+        let mut parts = path.components();
         let renamed = match self {
             Self::Keep => return Some(path.to_owned()),
             Self::Named(name) => {
+                // Of the root directory, that is `.`.
                 parts.next();
                 let mut renamed = PathBuf::from(name);
                 renamed.extend(parts);
@@ -608,6 +609,19 @@ mod tests {
         assert_eq!(parse("/a:b"), Place::Here("/a:b".into()));
         assert_eq!(parse("a"), Place::Here("a".into()));
         assert!(Place::parse(OsStr::new("web:")).is_err() && Place::parse(OsStr::new(":/x")).is_err());
+    }
+
+    #[test]
+    fn first_names_are_changed_also_where_they_are_a_dot() {
+        let of = |top: &Top, path: &str| top.of(Path::new(path)).map(|path| path.display().to_string());
+        let named = Top::Named("n".into());
+        assert_eq!(of(&named, "d/a/b").as_deref(), Some("n/a/b"));
+        assert_eq!(of(&named, "d/").as_deref(), Some("n"));
+        assert_eq!(of(&named, "./etc/x").as_deref(), Some("n/etc/x"));
+        assert_eq!(of(&Top::Gone, "./etc/x").as_deref(), Some("etc/x"));
+        assert_eq!(of(&Top::Gone, "d/a").as_deref(), Some("a"));
+        assert_eq!(of(&Top::Gone, "d/"), None);
+        assert_eq!(of(&Top::Keep, "d/a").as_deref(), Some("d/a"));
     }
 
     #[test]
