@@ -48,7 +48,7 @@ pub fn container(command: ContainerCommand) -> ExitCode {
     // A pipe that is closed ends what only prints. What serves a container, or copies, deals with it itself.
     if matches!(
         command,
-        Do::Logs(_) | Do::Top(_) | Do::Stats(_) | Do::Wait(_) | Do::Create(_)
+        Do::Logs(_) | Do::Top(_) | Do::Stats(_) | Do::Wait(_) | Do::Create(_) | Do::Rm(_)
     ) {
         end_with_the_reader();
     }
@@ -97,7 +97,7 @@ fn each(
             .map_err(anyhow::Error::from)
             .and_then(|record| done(&record));
         match result {
-            Ok(()) => println!("{name}"),
+            Ok(()) => output::say(name),
             Err(error) => {
                 eprintln!("picovm: {}", output::sentence(&error));
                 code = ExitCode::FAILURE;

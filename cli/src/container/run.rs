@@ -68,7 +68,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
                 Ok(ExitCode::from(ending.code))
             }
             None => {
-                println!("{}", record.id());
+                output::say(record.id());
                 Ok(ExitCode::SUCCESS)
             }
         };
