@@ -17,9 +17,11 @@ use crate::pull_arguments::{PullArguments, parse_bytes};
 #[derive(Parser)]
 #[command(name = "picovm", version, disable_help_subcommand = true)]
 pub struct Cli {
-    /// Log to stderr; more often for more
-    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    /// Log to stderr; more often for more. Before the command -v does as well, behind it that is another option's
+    #[arg(long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
+    #[arg(short = 'v', action = clap::ArgAction::Count, hide = true)]
+    pub short_verbose: u8,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -248,6 +250,8 @@ mod tests {
             "attach --sig-proxy=false a",
             "commit -m x -c CMD a b",
             "inspect -f {{.Id}} a",
+            "rm -fv a",
+            "run --verbose --rm debian",
         ] {
             for before in ["picovm", "picovm container"] {
                 let line = format!("{before} {words}");

@@ -27,8 +27,11 @@ use tracing_subscriber::filter::LevelFilter;
 const OWN_ERROR: u8 = 125;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    log(cli.verbose);
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return not_understood(&error),
+    };
+    log(cli.verbose.saturating_add(cli.short_verbose));
     if !matches!(
         cli.command,
         Command::Container(_) | Command::Group(ContainerGroup::Same(_)) | Command::Bench(_)
@@ -58,6 +61,26 @@ fn main() -> ExitCode {
         }
     };
     output::ended_with(result, OWN_ERROR)
+}
+
+/// What is said of a command line that cannot be read. Where the status is a container's, picovm's own errors have their own.
+fn not_understood(error: &clap::Error) -> ExitCode {
+    /// As clap has it.
+    const USAGE: u8 = 2;
+    // What cannot be printed cannot be told.
+    let _ = error.print();
+    let mut words = std::env::args_os()
+        .skip(1)
+        .filter(|word| !word.as_encoded_bytes().starts_with(b"-"))
+        .skip_while(|word| word == "container");
+    let runs = words
+        .next()
+        .is_some_and(|word| word == "run" || word == "create" || word == "exec");
+    ExitCode::from(match error.use_stderr() {
+        false => 0,
+        true if runs => OWN_ERROR,
+        true => USAGE,
+    })
 }
 
 /// The status of a command that runs no container: as in Docker, 1 if it failed.

@@ -42,6 +42,12 @@ pub fn columns(columns: &[(&str, &str)], rows: &[Value]) {
     table(&headings, &cells);
 }
 
+/// Prints a line where nobody may listen any more: what was done is done.
+pub fn say(line: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
 /// Prints each row as JSON on a line.
 pub fn lines(rows: &[Value]) {
     for row in rows {

@@ -294,7 +294,7 @@ pub fn status(name: &str, end: End) -> anyhow::Result<ExitCode> {
             exit.shell_status()
         }
         End::Detached => {
-            eprintln!("\r\npicovm: left {name} alone: `picovm attach {name}` comes back");
+            eprintln!("\npicovm: left {name} alone: `picovm attach {name}` comes back");
             0
         }
         End::Gone => bail!("the monitor of container {name} was killed, and the container with it"),

@@ -19,6 +19,8 @@ pub fn diff(options: &DiffOptions) -> anyhow::Result<ExitCode> {
     let record = containers.find(&options.container)?;
     let mut files = Files::of(&store, containers, record)?;
     let changes: Vec<Change> = files.query("list the changes", Helper::Changes)?;
+    // From here on only this is printed. Before, a clone may have been made, which is to know nothing of it.
+    crate::end_with_the_reader();
     for change in changes {
         let kind = match change.kind {
             ChangeKind::Added => 'A',
@@ -79,7 +81,7 @@ fn layer(
     let null = File::open("/dev/null").context("cannot open /dev/null")?;
     let mut files = Files::Live {
         containers: containers.clone(),
-        record: record.clone(),
+        record: Box::new(record.clone()),
     };
     let exit = files.help(Helper::SaveLayer, [null.as_fd(), file.as_fd(), told.as_fd()])?;
     if exit != ContainerExit::Code(0) {

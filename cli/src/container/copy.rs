@@ -93,8 +93,14 @@ pub fn copy(options: &CopyOptions) -> anyhow::Result<ExitCode> {
 
 /// The files of a container, whether it runs or not.
 pub enum Files {
-    Live { containers: Containers, record: Record },
-    Idle { idle: Box<Idle>, name: String },
+    Live {
+        containers: Containers,
+        record: Box<Record>,
+    },
+    Idle {
+        idle: Box<Idle>,
+        name: String,
+    },
 }
 
 impl Files {
@@ -109,7 +115,10 @@ impl Files {
     /// Those of a container.
     pub fn of(store: &Store, containers: Containers, record: Record) -> anyhow::Result<Self> {
         if record.state.status.is_live() {
-            return Ok(Self::Live { containers, record });
+            return Ok(Self::Live {
+                containers,
+                record: Box::new(record),
+            });
         }
         let template = run::template(store, &record)?;
         let idle = containers.open_idle(&record, &template)?;
@@ -205,9 +214,9 @@ impl Files {
 
     /// Whether there is a directory, or a link to one.
     fn is_directory(&mut self, path: &[u8]) -> Result<bool, EngineError> {
-        let inside = [path, b"/."].concat();
-        match self.status(&inside) {
-            Ok(_) => Ok(true),
+        let followed = [path, b"/."].concat();
+        match self.status(&followed) {
+            Ok(status) => Ok(status.mode & S_IFMT == S_IFDIR),
             Err(EngineError::Agent { .. }) => Ok(false),
             Err(error) => Err(error),
         }
@@ -240,10 +249,11 @@ enum Top {
 impl Top {
     /// A path of an archive, with its first name changed; nothing if nothing of it is left.
     fn of(&self, path: &Path) -> Option<PathBuf> {
-        let mut parts = path.components().filter(|part| *part != Component::CurDir);
+        let mut parts = path.components();
         let renamed = match self {
             Self::Keep => return Some(path.to_owned()),
             Self::Named(name) => {
+                // Of the root directory, that is `.`.
                 parts.next();
                 let mut renamed = PathBuf::from(name);
                 renamed.extend(parts);
@@ -267,8 +277,10 @@ fn out(files: &mut Files, path: &[u8], destination: &Place, options: &CopyOption
         path: plain.to_vec(),
         follow: options.follow_link || contents || plain.ends_with(b"/"),
     };
-    let status = files.status(path)?;
     let shown = String::from_utf8_lossy(path).into_owned();
+    let status = files
+        .status(path)
+        .with_context(|| format!("cannot copy {shown}"))?;
     let Place::Here(target) = destination else {
         if io::stdout().is_terminal() {
             bail!("an archive is not for a terminal: give a file by >, or a pipe");
@@ -597,6 +609,19 @@ mod tests {
         assert_eq!(parse("/a:b"), Place::Here("/a:b".into()));
         assert_eq!(parse("a"), Place::Here("a".into()));
         assert!(Place::parse(OsStr::new("web:")).is_err() && Place::parse(OsStr::new(":/x")).is_err());
+    }
+
+    #[test]
+    fn first_names_are_changed_also_where_they_are_a_dot() {
+        let of = |top: &Top, path: &str| top.of(Path::new(path)).map(|path| path.display().to_string());
+        let named = Top::Named("n".into());
+        assert_eq!(of(&named, "d/a/b").as_deref(), Some("n/a/b"));
+        assert_eq!(of(&named, "d/").as_deref(), Some("n"));
+        assert_eq!(of(&named, "./etc/x").as_deref(), Some("n/etc/x"));
+        assert_eq!(of(&Top::Gone, "./etc/x").as_deref(), Some("etc/x"));
+        assert_eq!(of(&Top::Gone, "d/a").as_deref(), Some("a"));
+        assert_eq!(of(&Top::Gone, "d/"), None);
+        assert_eq!(of(&Top::Keep, "d/a").as_deref(), Some("d/a"));
     }
 
     #[test]

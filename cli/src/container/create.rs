@@ -13,7 +13,9 @@ use chrono::Utc;
 use picovm_engine::containers::{
     ContainerConfig, Containers, LogOptions, Record, RestartPolicy, Text, machine_memory,
 };
-use picovm_engine::{Confinement, Healthcheck, Image, Overrides, RunConfig, Store, TemplateSpec};
+use picovm_engine::{
+    Confinement, Healthcheck, Image, ImageConfig, Overrides, RunConfig, Store, TemplateSpec,
+};
 
 use super::arguments::{
     AbsentOptions, BehaviourOptions, CreateOptions, FileOptions, HealthOptions, LogDriver, MachineOptions,
@@ -32,17 +34,17 @@ const SIGTERM: u8 = 15;
 pub fn create(options: &CreateOptions) -> anyhow::Result<()> {
     let store = Store::open_default()?;
     let containers = store.containers()?;
-    let record = new_container(&store, &containers, options)?;
+    let (record, _) = new_container(&store, &containers, options)?;
     println!("{}", record.id());
     Ok(())
 }
 
-/// Makes the container that this command line asks for.
+/// Makes the container that this command line asks for, and says of which image.
 pub fn new_container(
     store: &Store,
     containers: &Containers,
     options: &CreateOptions,
-) -> anyhow::Result<Record> {
+) -> anyhow::Result<(Record, Image)> {
     refuse_absent(&options.absent)?;
     if let Some(path) = &options.behaviour.cidfile
         && path.exists()
@@ -53,8 +55,9 @@ pub fn new_container(
         );
     }
     let image = find_image(store, options)?;
-    let config = config(&image, options)?;
-    tell_of_it(&image, options)?;
+    let defaults = image.config()?;
+    tell_of_it(&defaults.config.volumes, options);
+    let config = config(&image, defaults, options)?;
     let record = containers.create(config, options.name.as_deref())?;
     if let Some(path) = &options.behaviour.cidfile {
         let written = fs::File::create_new(path).and_then(|mut file| file.write_all(record.id().as_bytes()));
@@ -65,7 +68,7 @@ pub fn new_container(
                 .with_context(|| format!("cannot write the container's id to {}", path.display()));
         }
     }
-    Ok(record)
+    Ok((record, image))
 }
 
 /// The machine of a container: which template it is started from.
@@ -110,13 +113,12 @@ fn find_image(store: &Store, options: &CreateOptions) -> anyhow::Result<Image> {
 }
 
 /// What of an image and a command line is worth a word on standard error.
-fn tell_of_it(image: &Image, options: &CreateOptions) -> anyhow::Result<()> {
+fn tell_of_it(volumes: &[String], options: &CreateOptions) {
     if options.process.privileged {
         eprintln!(
             "picovm: note: --privileged: the container has all rights in its own kernel, and none on this machine, as without it"
         );
     }
-    let volumes = image.config()?.config.volumes;
     if !volumes.is_empty() {
         eprintln!(
             "picovm: note: the image {} wants volumes at {}. There are none yet: what is written there is the container's, and goes \
@@ -125,12 +127,10 @@ fn tell_of_it(image: &Image, options: &CreateOptions) -> anyhow::Result<()> {
             volumes.join(", ")
         );
     }
-    Ok(())
 }
 
 /// The configuration of a container of this image.
-pub fn config(image: &Image, options: &CreateOptions) -> anyhow::Result<ContainerConfig> {
-    let whole = image.config()?;
+fn config(image: &Image, whole: ImageConfig, options: &CreateOptions) -> anyhow::Result<ContainerConfig> {
     if !matches!(whole.os.as_str(), "" | "linux") || !matches!(whole.architecture.as_str(), "" | "amd64") {
         bail!(
             "the image {} is for {}/{}, and containers here are linux/amd64: pull it with --platform linux/amd64",
@@ -613,7 +613,7 @@ mod tests {
         let Command::Container(ContainerCommand::Create(options)) = Cli::parse_from(words).command else {
             panic!("not create")
         };
-        *options
+        options.create
     }
 
     fn image() -> Image {
@@ -632,14 +632,14 @@ mod tests {
     }
 
     fn made(arguments: &[&str]) -> ContainerConfig {
-        config(&image(), &options(arguments)).unwrap()
+        config(&image(), ImageConfig::default(), &options(arguments)).unwrap()
     }
 
     fn refused(arguments: &[&str]) -> String {
         let options = options(arguments);
         let error = match refuse_absent(&options.absent) {
             Err(error) => error,
-            Ok(()) => config(&image(), &options).unwrap_err(),
+            Ok(()) => config(&image(), ImageConfig::default(), &options).unwrap_err(),
         };
         format!("{error:#}")
     }

@@ -49,7 +49,7 @@ pub fn exec(options: &ExecOptions) -> anyhow::Result<ExitCode> {
     };
     let end = attach::follow(&client, ends, &following)?;
     if let attach::End::Detached = end {
-        eprintln!("\r");
+        eprintln!();
         return Ok(ExitCode::SUCCESS);
     }
     attach::status(&record.name, end)

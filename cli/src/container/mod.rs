@@ -48,13 +48,16 @@ pub fn container(command: ContainerCommand) -> ExitCode {
     // A pipe that is closed ends what only prints. What serves a container, or copies, deals with it itself.
     if matches!(
         command,
-        Do::Logs(_) | Do::Top(_) | Do::Stats(_) | Do::Diff(_) | Do::Wait(_) | Do::Create(_)
+        Do::Logs(_) | Do::Top(_) | Do::Stats(_) | Do::Wait(_) | Do::Create(_) | Do::Rm(_)
     ) {
         end_with_the_reader();
     }
     match command {
         Do::Run(options) => output::ended_with(run::run(&options), OWN_ERROR),
-        Do::Create(options) => ended(create::create(&options).map(|()| ExitCode::SUCCESS)),
+        Do::Create(options) => output::ended_with(
+            create::create(&options.create).map(|()| ExitCode::SUCCESS),
+            OWN_ERROR,
+        ),
         Do::Start(options) => ended(run::start(&options)),
         Do::Stop(options) => ended(lifecycle::stop(&options)),
         Do::Kill(options) => ended(lifecycle::kill(&options)),
@@ -94,7 +97,7 @@ fn each(
             .map_err(anyhow::Error::from)
             .and_then(|record| done(&record));
         match result {
-            Ok(()) => println!("{name}"),
+            Ok(()) => output::say(name),
             Err(error) => {
                 eprintln!("picovm: {}", output::sentence(&error));
                 code = ExitCode::FAILURE;

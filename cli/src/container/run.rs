@@ -4,19 +4,26 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::bail;
-use picovm_engine::Store;
 use picovm_engine::containers::{Attachment, Client, ClientNews, Containers, Ending, Record, Status};
+use picovm_engine::{Store, TemplateSpec};
 use picovm_vmm::Template;
 
 use super::arguments::{CreateOptions, RunOptions, StartOptions, StreamName};
 use super::attach::{self, Ends, Wanted};
 use super::create;
-use crate::OWN_ERROR;
+use crate::output;
+
+/// Statuses of a container that could not be started.
+const NOT_STARTED: std::ops::RangeInclusive<u8> = 125..=127;
 
 /// The template of a container, which is built if it is not there.
 pub fn template(store: &Store, record: &Record) -> anyhow::Result<Template> {
-    let spec = create::template_spec(store, record)?;
-    Ok(store.template(&spec, &mut |progress| eprintln!("picovm: {progress}"))?)
+    open(store, &create::template_spec(store, record)?, record)
+}
+
+fn open(store: &Store, spec: &TemplateSpec, record: &Record) -> anyhow::Result<Template> {
+    let confinement = record.config.confinement;
+    Ok(store.template_confined(spec, confinement, &mut |progress| eprintln!("picovm: {progress}"))?)
 }
 
 /// `picovm run`.
@@ -24,10 +31,18 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     let store = Store::open_default()?;
     let containers = store.containers()?;
     let wanted = wanted(&options.create, options.detach);
-    // What cannot be is said before anything is made.
-    let ends = Ends::open(wanted, &options.session.detach_keys)?;
-    let record = create::new_container(&store, &containers, &options.create)?;
-    let started = template(&store, &record).and_then(|template| {
+    // What cannot be is said before anything is made; with the status that Docker has for it.
+    let ends = match Ends::open(wanted, &options.session.detach_keys) {
+        Ok(ends) => ends,
+        Err(error) => return Ok(output::ended_with(Err(error), 1)),
+    };
+    let (record, image) = create::new_container(&store, &containers, &options.create)?;
+    let spec = TemplateSpec {
+        image,
+        memory_mib: record.config.memory_mib,
+        vcpus: record.config.vcpus,
+    };
+    let started = open(&store, &spec, &record).and_then(|template| {
         let attachment = match options.detach {
             true => announced(),
             false => ends.attachment(false),
@@ -37,9 +52,10 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     let client = match started {
         Ok(client) => client,
         Err(error) => {
-            // One that was to be removed when it has ended will never end.
-            if options.create.rm {
-                let _ = containers.remove(&record);
+            // It was never started, and who asked for it does not even know its name.
+            let _ = containers.remove(&record);
+            if let Some(path) = &options.create.behaviour.cidfile {
+                let _ = std::fs::remove_file(path);
             }
             return Err(error);
         }
@@ -47,16 +63,12 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     if options.detach {
         drop(ends);
         return match until_started(&client)? {
-            Some(ending) if !ending.error.is_empty() => {
+            Some(ending) => {
                 eprintln!("picovm: {}", ending.error);
-                Ok(ExitCode::from(if ending.code == 0 {
-                    OWN_ERROR
-                } else {
-                    ending.code
-                }))
+                Ok(ExitCode::from(ending.code))
             }
-            _ => {
-                println!("{}", record.id());
+            None => {
+                output::say(record.id());
                 Ok(ExitCode::SUCCESS)
             }
         };
@@ -103,12 +115,15 @@ fn started(
     }
 }
 
-/// Waits until the container's program runs; how it has ended, if that comes first.
+/// Waits until the container's program runs, or has run; how it has ended, if it could not be started.
 fn until_started(client: &Client) -> anyhow::Result<Option<Ending>> {
     loop {
         match client.news()? {
             ClientNews::Started => return Ok(None),
-            ClientNews::Ended(ending) => return Ok(Some(ending)),
+            ClientNews::Ended(ending) => {
+                let failed = NOT_STARTED.contains(&ending.code) && !ending.error.is_empty();
+                return Ok(Some(ending).filter(|_| failed));
+            }
             ClientNews::Gone => bail!("the container's monitor was killed, and the container with it"),
             ClientNews::Exited(_) => {}
         }
@@ -122,10 +137,8 @@ pub fn start_detached(store: &Store, containers: &Containers, record: &Record) -
         return Ok(());
     };
     match until_started(&client)? {
-        Some(ending) if !ending.error.is_empty() => {
-            bail!("cannot start container {}: {}", record.name, ending.error)
-        }
-        _ => Ok(()),
+        Some(ending) => bail!("cannot start container {}: {}", record.name, ending.error),
+        None => Ok(()),
     }
 }
 

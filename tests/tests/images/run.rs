@@ -15,7 +15,7 @@ fn a_container_runs_what_its_image_says_unless_its_user_says_otherwise() {
     let name = registry.name("team/app:1");
     place.ok(&["pull", "-q", &name]);
     let run = |options: &[&str], arguments: &[&str]| {
-        let mut all = vec!["run"];
+        let mut all = vec!["run", "--rm"];
         all.extend(options);
         all.push(&name);
         all.extend(arguments);
@@ -49,7 +49,7 @@ fn a_container_runs_what_its_image_says_unless_its_user_says_otherwise() {
     );
     // By its id as well.
     let id = place.ok(&["images", "-q"]);
-    let output = place.picovm(&["run", &id]).output().expect("picovm starts");
+    let output = place.picovm(&["run", "--rm", &id]).output().expect("picovm starts");
     assert!(stdout(&output).starts_with("hello"), "{}", stderr(&output));
 
     // Its templates go with it.
