@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 
@@ -201,11 +202,38 @@ fn add(archive: &mut tar::Builder<impl Write>, root: &Path, inside: &Path) -> io
             add(archive, root, &inside)?;
         } else if metadata.is_file() {
             archive.append_file(&inside, &mut File::open(&path)?)?;
-        } else {
+        } else if metadata.is_symlink() {
             archive.append_path_with_name(&path, &inside)?;
+        } else {
+            add_special(archive, &metadata, &inside)?;
         }
     }
     Ok(())
+}
+
+/// Adds a device or a pipe. Others are nothing without who has made them.
+fn add_special(
+    archive: &mut tar::Builder<impl Write>,
+    metadata: &fs::Metadata,
+    inside: &Path,
+) -> io::Result<()> {
+    let kind = metadata.file_type();
+    let entry = if kind.is_char_device() {
+        tar::EntryType::Char
+    } else if kind.is_block_device() {
+        tar::EntryType::Block
+    } else if kind.is_fifo() {
+        tar::EntryType::Fifo
+    } else {
+        return Ok(());
+    };
+    let mut header = tar::Header::new_gnu();
+    header.set_metadata(metadata);
+    header.set_entry_type(entry);
+    header.set_size(0);
+    header.set_device_major(rustix::fs::major(metadata.rdev()))?;
+    header.set_device_minor(rustix::fs::minor(metadata.rdev()))?;
+    archive.append_data(&mut header, inside, io::empty())
 }
 
 #[cfg(test)]
@@ -233,7 +261,16 @@ mod tests {
         let root = directory.path().join("root");
         fs::create_dir_all(root.join("bin")).unwrap();
         fs::write(root.join("bin/a"), "a").unwrap();
-        std::os::unix::fs::symlink("a", root.join("bin/b")).unwrap();
+        std::os::unix::fs::symlink("/bin/a", root.join("bin/b")).unwrap();
+        let pipe = root.join("pipe");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from(0o600),
+            0,
+        )
+        .unwrap();
         let parent = store.build_image("parent", &root, &mut |_| {}).unwrap();
         let commit = |name| Commit {
             name: Some(name),
