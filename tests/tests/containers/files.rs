@@ -61,7 +61,7 @@ fn files_go_in_and_come_out_of_a_container_that_runs() {
     );
     told(&[
         "cp",
-        &format!("{}:/etc/hostname", container.id()),
+        &format!("{}:/etc/issue", container.id()),
         sample.path().join("name").to_str().unwrap(),
     ]);
 }

@@ -40,8 +40,8 @@ fn a_container_that_takes_more_memory_than_its_limit_is_killed_and_that_is_told(
 
 #[test]
 fn without_a_limit_a_hog_is_killed_too_and_its_container_can_be_asked() {
-    let perl = "my $x = 'x' x 900_000_000; print length $x";
-    let killed = output(&["run", "--rm", "debian", "perl", "-e", perl]);
+    let hog = "head -c 1000000000 /dev/zero | tail";
+    let killed = output(&["run", "--rm", "debian", "sh", "-c", hog]);
     assert_eq!(
         killed.status.code(),
         Some(137),
@@ -54,7 +54,7 @@ fn without_a_limit_a_hog_is_killed_too_and_its_container_can_be_asked() {
 #[test]
 fn the_number_of_processes_has_a_limit() {
     let script =
-        "for i in $(seq 30); do sleep 1000 & done 2>/tmp/errors; echo started; cat /tmp/errors | head -n 1";
+        "for i in $(seq 30); do sleep 1000 & done; echo started";
     let limited = output(&["run", "--rm", "--pids-limit", "10", "debian", "sh", "-c", script]);
     let text = format!("{}{}", stdout(&limited), stderr(&limited));
     assert!(text.to_lowercase().contains("fork"), "{text}");
@@ -63,7 +63,7 @@ fn the_number_of_processes_has_a_limit() {
 #[test]
 fn processor_time_has_a_limit() {
     let container = Container::sleeping(&["--cpus", "0.5"]);
-    let told = container.shell("cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/*/cpu.max 2>/dev/null");
+    let told = container.shell("cat /sys/fs/cgroup/cpu.max");
     assert!(told.contains("50000 100000"), "{told}");
     assert_eq!(container.inspect("{{.HostConfig.NanoCpus}}"), "500000000");
     assert_eq!(container.shell("nproc"), "1");

@@ -4,6 +4,9 @@ use std::process::Command;
 
 use crate::{Container, store, told, until};
 
+/// The end of the shell's prompt. The blank behind it is none on a screen.
+const PROMPT: &str = ":/#";
+
 /// A terminal of 80 by 24 characters in which commands run.
 struct Terminal {
     server: String,
@@ -76,7 +79,7 @@ impl Drop for Terminal {
 #[test]
 fn a_shell_has_a_terminal_of_the_right_size_and_job_control() {
     let terminal = Terminal::run("shell", "picovm run --rm -it debian bash");
-    terminal.until("# ");
+    terminal.until(PROMPT);
     terminal.keys(&["stty size; tty; echo $TERM", "Enter"]);
     terminal.until("24 80");
     terminal.until("/dev/pts/");
@@ -102,7 +105,7 @@ fn a_shell_has_a_terminal_of_the_right_size_and_job_control() {
 #[test]
 fn another_size_is_told_to_the_program() {
     let terminal = Terminal::run("size", "picovm run --rm -it debian bash");
-    terminal.until("# ");
+    terminal.until(PROMPT);
     terminal.tmux(&["resize-window", "-x", "100", "-y", "30"]);
     std::thread::sleep(std::time::Duration::from_millis(500));
     terminal.keys(&["stty size", "Enter"]);
@@ -139,7 +142,7 @@ fn a_program_of_the_whole_screen_draws_right() {
 fn who_detaches_leaves_it_running_and_may_come_back() {
     let terminal = Terminal::run("detach", "picovm run -it --name detached debian bash");
     let container = Container("detached".into());
-    terminal.until("# ");
+    terminal.until(PROMPT);
     terminal.keys(&["MARK=still-here", "Enter"]);
     terminal.keys(&["C-p", "C-q"]);
     terminal.until("status 0");
@@ -160,7 +163,7 @@ fn who_detaches_leaves_it_running_and_may_come_back() {
 fn exec_has_a_terminal_too() {
     let container = Container::sleeping(&["--name", "executed"]);
     let terminal = Terminal::run("exec", "picovm exec -it executed bash");
-    terminal.until("# ");
+    terminal.until(PROMPT);
     terminal.keys(&["stty size; [ -t 0 ] && echo ter''minal", "Enter"]);
     terminal.until("24 80");
     terminal.until("terminal");
