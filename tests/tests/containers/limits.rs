@@ -53,8 +53,7 @@ fn without_a_limit_a_hog_is_killed_too_and_its_container_can_be_asked() {
 
 #[test]
 fn the_number_of_processes_has_a_limit() {
-    let script =
-        "for i in $(seq 30); do sleep 1000 & done; echo started";
+    let script = "for i in $(seq 30); do sleep 1000 & done; echo started";
     let limited = output(&["run", "--rm", "--pids-limit", "10", "debian", "sh", "-c", script]);
     let text = format!("{}{}", stdout(&limited), stderr(&limited));
     assert!(text.to_lowercase().contains("fork"), "{text}");

@@ -49,7 +49,10 @@ fn a_container_runs_what_its_image_says_unless_its_user_says_otherwise() {
     );
     // By its id as well.
     let id = place.ok(&["images", "-q"]);
-    let output = place.picovm(&["run", "--rm", &id]).output().expect("picovm starts");
+    let output = place
+        .picovm(&["run", "--rm", &id])
+        .output()
+        .expect("picovm starts");
     assert!(stdout(&output).starts_with("hello"), "{}", stderr(&output));
 
     // Its templates go with it.
