@@ -36,6 +36,12 @@ pub enum Confinement {
 /// What a VMM process may take of the host's memory beside that of its guest, in bytes: its own, and the page tables and kernel
 /// structures that are charged to it.
 pub(crate) const OVERHEAD: u64 = 64 << 20;
+/// What a VMM process may take in bytes: its guest's memory twice, as a page that lies in a hole of the template's file and is read
+/// before it is written is there twice where the store itself lies in memory, and what it takes of its own.
+fn memory_limit(memory_mib: u64) -> u64 {
+    (memory_mib << 20).saturating_mul(2).saturating_add(OVERHEAD)
+}
+
 /// Threads of a VMM process beside those of its vCPUs, with room for those that the kernel makes for it.
 const THREADS: u64 = 8;
 /// How many threads there are for each where calls are told of: who tells, and who is just being made or ends.
@@ -57,7 +63,7 @@ fn policy(template: &Template, mode: SeccompMode) -> Policy {
     let machine = template.metadata();
     Policy {
         cgroup: Some(Cgroup {
-            memory: Some((machine.memory_mib << 20).saturating_add(OVERHEAD)),
+            memory: Some(memory_limit(machine.memory_mib)),
             pids: Some(tasks(machine.vcpus, mode)),
             ..Cgroup::default()
         }),

@@ -21,6 +21,7 @@ use std::path::Path;
 use picovm_guest_protocol::{Limits, StartFailure};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::mount_bind;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::console;
 use crate::error::{Attempt, InitError};
@@ -30,83 +31,41 @@ use crate::start::failure;
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// Name of the container's group in the hierarchy.
 pub const CONTAINER: &str = "container";
-const CONTROLLERS: &str = "+memory +pids +cpu";
+/// What this process sees of control groups.
+const NAMESPACE: &str = "/proc/self/ns/cgroup";
 
-/// A control group.
+/// The control group of a container. It has no controller until something is limited: each costs every start, in pages that it
+/// counts in and page faults that it takes part in.
 #[derive(Debug)]
 pub struct Cgroup {
     directory: OwnedFd,
-    /// `memory.events`, which tells of changes by `EPOLLPRI`.
-    events: File,
-    /// Files of the limits. Who sees the group as the root of all cannot open them for writing: they are the machine's.
-    limits: Limited<File>,
-}
-
-/// One for each kind of limit.
-#[derive(Debug)]
-struct Limited<T> {
-    pids: T,
-    cpu: T,
-    memory: T,
-}
-
-/// The groups that a guest has.
-pub struct Cgroups {
-    /// For rehearsals, so that the container is not charged with what they have read.
-    pub rehearsal: Cgroup,
-    /// The container's.
-    pub container: Cgroup,
-}
-
-impl Cgroups {
-    /// Makes the groups and shows the container its own. `None` if the kernel has no control groups.
-    pub fn make() -> Result<Option<Self>, InitError> {
-        let controllers = Path::new(ROOT).join("cgroup.subtree_control");
-        if !controllers.exists() {
-            console::report(&"this kernel has no control groups: a container has no limits");
-            return Ok(None);
-        }
-        std::fs::write(&controllers, CONTROLLERS)
-            .attempt(|| format!("write {CONTROLLERS} to {}", controllers.display()))?;
-        let groups = Self {
-            rehearsal: Cgroup::make("rehearsal")?,
-            container: Cgroup::make(CONTAINER)?,
-        };
-        let own = Path::new(ROOT).join(CONTAINER);
-        mount_bind(&own, ROOT).attempt(|| format!("show {} at {ROOT}", own.display()))?;
-        Ok(Some(groups))
-    }
+    /// The group of all others.
+    root: OwnedFd,
+    /// What PID 1 sees of control groups: all. Limits are the machine's, and who sees the container's group as the root of all
+    /// cannot set them.
+    whole: OwnedFd,
 }
 
 impl Cgroup {
-    fn make(name: &str) -> Result<Self, InitError> {
-        let path = Path::new(ROOT).join(name);
+    /// Makes the container's group and shows the container its own. `None` if the kernel has no control groups.
+    pub fn make() -> Result<Option<Self>, InitError> {
+        if !Path::new(ROOT).join("cgroup.subtree_control").exists() {
+            console::report(&"this kernel has no control groups: a container has no limits");
+            return Ok(None);
+        }
+        let path = Path::new(ROOT).join(CONTAINER);
         std::fs::create_dir(&path).attempt(|| format!("make control group {}", path.display()))?;
-        let directory = rustix::fs::open(
-            &path,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .attempt(|| format!("open control group {}", path.display()))?;
-        let events = path.join("memory.events");
-        let events = File::open(&events).attempt(|| format!("open {}", events.display()))?;
-        let limit = |name: &str| {
-            let path = path.join(name);
-            let file = File::options().write(true).open(&path);
-            file.attempt(|| format!("open {}", path.display()))
+        let open = |path: &Path, flags| {
+            rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+                .attempt(|| format!("open {}", path.display()))
         };
         let group = Self {
-            directory,
-            events,
-            limits: Limited {
-                pids: limit("pids.max")?,
-                cpu: limit("cpu.max")?,
-                memory: limit("memory.max")?,
-            },
+            directory: open(&path, OFlags::PATH | OFlags::DIRECTORY)?,
+            root: open(Path::new(ROOT), OFlags::PATH | OFlags::DIRECTORY)?,
+            whole: open(Path::new(NAMESPACE), OFlags::RDONLY)?,
         };
-        // What is there at the beginning is no event.
-        group.oom_kills();
-        Ok(group)
+        mount_bind(&path, ROOT).attempt(|| format!("show {} at {ROOT}", path.display()))?;
+        Ok(Some(group))
     }
 
     /// The group's directory, to begin a process in it.
@@ -114,20 +73,21 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    /// What has an exceptional condition when a process of the group was killed for memory, until
-    /// [`Self::oom_kills`] is asked for.
-    pub fn events(&self) -> BorrowedFd<'_> {
-        self.events.as_fd()
+    /// What has an exceptional condition when a process of the group was killed for memory, until [`oom_kills`] is asked for. Only a
+    /// group whose memory is limited has it.
+    pub fn events(&self) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&self.directory, "memory.events", flags, Mode::empty())?.into())
     }
 
     /// Moves this process into the group.
     pub fn enter(&self) -> io::Result<()> {
-        self.write("cgroup.procs", b"0")
+        write(&self.directory, "cgroup.procs", b"0")
     }
 
     /// Kills every process of the group.
     pub fn kill(&self) -> io::Result<()> {
-        self.write("cgroup.kill", b"1")
+        write(&self.directory, "cgroup.kill", b"1")
     }
 
     /// Whether the group and those below it have no process.
@@ -135,32 +95,53 @@ impl Cgroup {
         self.value_of("cgroup.events", "populated") != Some(1)
     }
 
-    /// How many processes of the group were killed because memory had run out.
-    pub fn oom_kills(&self) -> u64 {
-        let mut bytes = [0; 512];
-        let count = self.events.read_at(&mut bytes, 0).unwrap_or_default();
-        value(bytes.get(..count).unwrap_or_default(), "oom_kill").unwrap_or_default()
+    /// Sets what is limited, and switches on what counts it. To be called by a process of the container: it then sees its own group
+    /// again.
+    pub fn limit(&self, limits: &Limits) -> Result<(), StartFailure> {
+        let because = |error: io::Error| {
+            let errno = error.raw_os_error().unwrap_or(0);
+            failure("see all control groups", errno, error)
+        };
+        let own = rustix::fs::open(NAMESPACE, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| because(error.into()))?;
+        let enter = |namespace: &OwnedFd| {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ControlGroup))
+                .map_err(|error| because(error.into()))
+        };
+        enter(&self.whole)?;
+        let set = self.set(limits);
+        enter(&own)?;
+        set
     }
 
-    /// Sets what is limited.
-    pub fn limit(&self, limits: &Limits) -> Result<(), StartFailure> {
-        let set = |mut file: &File, what: &str, value: Option<String>| {
-            let Some(value) = value else { return Ok(()) };
-            file.write_all(value.as_bytes()).map_err(|error| {
-                let attempted = format!("limit {what} to {value}");
-                failure(attempted, error.raw_os_error().unwrap_or(0), error)
-            })
-        };
+    fn set(&self, limits: &Limits) -> Result<(), StartFailure> {
         let cpu = limits.cpu.map(|cpu| format!("{cpu} {}", Limits::CPU_PERIOD));
-        let files = &self.limits;
-        set(&files.pids, "processes", limits.pids.map(|pids| pids.to_string()))?;
-        set(&files.cpu, "processor time", cpu)?;
-        // The last, as it may be what ends this process.
-        set(
-            &files.memory,
-            "memory",
-            limits.memory.map(|memory| memory.to_string()),
-        )
+        let all = [
+            (
+                "+pids",
+                "pids.max",
+                "processes",
+                limits.pids.map(|pids| pids.to_string()),
+            ),
+            ("+cpu", "cpu.max", "processor time", cpu),
+            // The last, as it may be what ends this process.
+            (
+                "+memory",
+                "memory.max",
+                "memory",
+                limits.memory.map(|memory| memory.to_string()),
+            ),
+        ];
+        for (controller, file, what, value) in all {
+            let Some(value) = value else { continue };
+            write(&self.root, "cgroup.subtree_control", controller.as_bytes())
+                .and_then(|()| write(&self.directory, file, value.as_bytes()))
+                .map_err(|error| {
+                    let attempted = format!("limit {what} to {value}");
+                    failure(attempted, error.raw_os_error().unwrap_or(0), error)
+                })?;
+        }
+        Ok(())
     }
 
     /// What a file of the group says.
@@ -183,11 +164,66 @@ impl Cgroup {
         std::str::from_utf8(&bytes).ok()?.trim().parse().ok()
     }
 
-    fn write(&self, name: &str, value: &[u8]) -> io::Result<()> {
-        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.directory, name, flags, Mode::empty())?;
-        File::from(file).write_all(value)
+    /// How many processes it has, threads counted.
+    pub fn threads(&self) -> u64 {
+        let threads = self.read("cgroup.threads").unwrap_or_default();
+        threads.iter().filter(|&&byte| byte == b'\n').count() as u64
     }
+}
+
+fn write(directory: &OwnedFd, name: &str, value: &[u8]) -> io::Result<()> {
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(directory, name, flags, Mode::empty())?;
+    File::from(file).write_all(value)
+}
+
+/// How many processes of the group whose events these are were killed because memory had run out.
+pub fn oom_kills(events: &File) -> u64 {
+    let mut bytes = [0; 512];
+    let count = events.read_at(&mut bytes, 0).unwrap_or_default();
+    value(bytes.get(..count).unwrap_or_default(), "oom_kill").unwrap_or_default()
+}
+
+/// What the kernel says from now on, for a container without a limit of memory: there its log alone tells of a process that was
+/// killed because the machine's memory had run out.
+#[derive(Debug)]
+pub struct KernelLog(File);
+
+impl KernelLog {
+    /// Opens it. `None` if the kernel keeps none.
+    pub fn open() -> Option<Self> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let log = rustix::fs::open("/dev/kmsg", flags, Mode::empty()).ok()?;
+        rustix::fs::seek(&log, rustix::fs::SeekFrom::End(0)).ok()?;
+        Some(Self(log.into()))
+    }
+
+    /// Whether it has told of a kill since this was asked last.
+    pub fn tells_of_a_kill(&mut self) -> bool {
+        /// More than are kept.
+        const RECORDS_MAX: u32 = 10_000;
+        let mut record = [0; 8192];
+        let mut found = false;
+        for _ in 0..RECORDS_MAX {
+            match self.0.read(&mut record) {
+                Ok(count) => found |= is_a_kill(record.get(..count).unwrap_or_default()),
+                // Some were overwritten before they were read; the next one is there.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                Err(_) => break,
+            }
+        }
+        found
+    }
+}
+
+/// Whether a record is the kernel's, and says that it has killed a process: `PRIORITY,NUMBER,TIME,FLAGS;TEXT`, with a priority
+/// below 8 for what no process has written.
+fn is_a_kill(record: &[u8]) -> bool {
+    let mut parts = record.splitn(2, |&byte| byte == b';');
+    let (Some(head), Some(text)) = (parts.next(), parts.next()) else {
+        return false;
+    };
+    matches!(head, [b'0'..=b'7', b',', ..]) && text.starts_with(b"Out of memory: Killed process")
 }
 
 /// The number behind a key, in lines `KEY NUMBER`.
@@ -207,7 +243,26 @@ pub fn own_namespace() -> rustix::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::value;
+    use super::{is_a_kill, value};
+
+    #[test]
+    fn only_the_kernel_tells_of_a_kill() {
+        assert!(is_a_kill(
+            b"3,512,9000000,-;Out of memory: Killed process 44 (tail) total-vm:1kB\n"
+        ));
+        // A process has written that.
+        assert!(!is_a_kill(
+            b"12,512,9000000,-;Out of memory: Killed process 44 (tail)\n"
+        ));
+        for other in [
+            &b"6,1,2,-;usb 1-1: new device\n"[..],
+            b"",
+            b"3",
+            b"3;Out of memory: Killed process",
+        ] {
+            assert!(!is_a_kill(other));
+        }
+    }
 
     #[test]
     fn a_value_is_found_by_its_whole_key() {

@@ -25,7 +25,7 @@ mod trap;
 
 use accounts::Accounts;
 use agent::Agent;
-use cgroup::Cgroups;
+use cgroup::Cgroup;
 use container::Ground;
 use error::InitError;
 use identity::{IdentityArea, Machine};
@@ -70,12 +70,10 @@ fn live(trap: &Trap) -> Result<(), InitError> {
 
     let mut layers = mounts::enter_root_file_system()?;
     mounts::populate_root_file_system()?;
-    let (rehearsal_group, cgroup) = Cgroups::make()?
-        .map(|groups| (groups.rehearsal, groups.container))
-        .unzip();
+    let cgroup = Cgroup::make()?;
     let accounts = Accounts::read();
     let stack = Stack::allocate()?;
-    rehearsal::run(&stack, &accounts, rehearsal_group.as_ref())?;
+    rehearsal::run(&stack, &accounts, cgroup.as_ref())?;
     layers.remember()?;
     let ground = Ground {
         is_guest: true,

@@ -24,8 +24,8 @@ pub fn spec() -> ContainerSpec {
     })
 }
 
-/// Runs the rehearsals, each served over a socket pair in the place of the control port, and in a control group of their own,
-/// which is charged with what they read.
+/// Runs the rehearsals, each served over a socket pair in the place of the control port, and in the container's control group,
+/// which counts nothing yet.
 pub fn run(stack: &Stack, accounts: &Accounts, group: Option<&Cgroup>) -> Result<(), InitError> {
     let ground = Ground::default();
     for _ in 0..REHEARSALS {

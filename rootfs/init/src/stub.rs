@@ -167,6 +167,8 @@ pub struct Taken {
     pub stays: bool,
     /// Whether the agent says when the main process's program runs.
     pub announces: bool,
+    /// Whether the container's memory is limited.
+    pub limits_memory: bool,
     /// What the host has sent for the agent while the stub read from the connection.
     pub early: Vec<(u16, Frame)>,
 }
@@ -218,6 +220,7 @@ fn become_container(
         let mut taken = taken.borrow_mut();
         taken.stays = spec.stay;
         taken.announces = spec.announce;
+        taken.limits_memory = spec.limits.memory.is_some();
         taken.has_terminal = spec.process.terminal.is_some();
     }
     let early = container::arrange(&spec, setting.ground, setting.control)?;

@@ -21,6 +21,7 @@ mod process;
 mod terminal;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::ops::Bound;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -32,7 +33,7 @@ use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit, WaitOptions};
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup, KernelLog};
 use crate::console;
 use crate::container::Ground;
 use crate::error::{Attempt, InitError};
@@ -129,6 +130,11 @@ pub struct Agent<'a> {
     /// Whether the container has ended, with its main process.
     has_ended: bool,
     exit_queued: bool,
+    /// Events of the container's memory, if that is limited.
+    memory: Option<File>,
+    /// What tells of it if it is not.
+    kernel_log: Option<KernelLog>,
+    /// Processes that were killed for it, as far as was heard.
     memory_changed: bool,
     oom_kills: u64,
     scratch: Vec<u8>,
@@ -141,12 +147,10 @@ impl<'a> Agent<'a> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(because("create an epoll"))?;
         let children = child_signals().map_err(because("create a signalfd"))?;
         let both = epoll::EventFlags::IN | epoll::EventFlags::OUT;
-        let mut sources = vec![
+        let sources = [
             (CONTROL, control.as_fd(), both | epoll::EventFlags::RDHUP),
             (CHILDREN, children.as_fd(), epoll::EventFlags::IN),
         ];
-        let group = ground.cgroup.as_ref();
-        sources.extend(group.map(|group| (MEMORY, group.events(), epoll::EventFlags::PRI)));
         for (key, source, flags) in sources {
             let flags = flags | epoll::EventFlags::ET;
             epoll::add(&epoll, source, epoll::EventData::new_u64(key), flags)
@@ -175,8 +179,10 @@ impl<'a> Agent<'a> {
             stays: false,
             has_ended: false,
             exit_queued: false,
+            memory: None,
             memory_changed: false,
-            oom_kills: group.map_or(0, Cgroup::oom_kills),
+            oom_kills: 0,
+            kernel_log: ground.is_guest.then(KernelLog::open).flatten(),
             // Not zero, so that its pages are present before the freeze.
             scratch: vec![1; DATA_MAX],
         })
@@ -234,6 +240,9 @@ impl<'a> Agent<'a> {
     fn take_on(&mut self, begun: Begun) -> Result<(), AgentError> {
         let Begun { pid, taken } = begun;
         self.stays = taken.stays;
+        if taken.limits_memory {
+            self.watch_memory();
+        }
         if taken.is_idle {
             // The stub is reaped as any orphan is.
             self.processes.remove(&MAIN);
@@ -483,9 +492,11 @@ impl<'a> Agent<'a> {
             Err(error) => return Err(system("read from the signalfd")(error)),
         }
         let had_ended = self.has_ended;
+        let mut killed = false;
         let others_live = loop {
             match rustix::process::wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) => {
+                    killed |= status.terminating_signal() == Some(libc::SIGKILL);
                     let mut processes = self.processes.values_mut();
                     if let Some(process) = processes.find(|process| process.is(pid)) {
                         process.end(status, &mut self.scratch);
@@ -499,7 +510,11 @@ impl<'a> Agent<'a> {
             }
         };
         if self.has_ended && !had_ended {
-            self.container_ended(others_live)?;
+            return self.container_ended(others_live);
+        }
+        // Without a limit nothing else tells of it.
+        if killed && self.memory.is_none() && !self.has_ended {
+            self.look_for_oom()?;
         }
         Ok(())
     }
@@ -543,11 +558,36 @@ impl<'a> Agent<'a> {
         unsafe { libc::kill(-1, libc::SIGKILL) };
     }
 
+    /// Hears of processes that are killed because the container has reached its limit of memory. Without, only their ends tell.
+    fn watch_memory(&mut self) {
+        let Some(group) = &self.ground.cgroup else { return };
+        let flags = epoll::EventFlags::PRI | epoll::EventFlags::ET;
+        let watched = group.events().and_then(|events| {
+            epoll::add(&self.epoll, &events, epoll::EventData::new_u64(MEMORY), flags)?;
+            Ok(events)
+        });
+        match watched {
+            Ok(events) => {
+                self.memory = Some(events);
+                self.oom_kills = 0;
+                // It may have come before.
+                self.memory_changed = true;
+            }
+            Err(error) => console::report(&format!("watch the container's memory: {error}")),
+        }
+    }
+
     /// Tells the host if the kernel has killed a process of the container because memory had run out.
     fn look_for_oom(&mut self) -> Result<(), AgentError> {
-        let kills = self.ground.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
-        if kills > self.oom_kills && !self.exit_queued {
-            self.oom_kills = kills;
+        let more = match (&self.memory, &mut self.kernel_log) {
+            (Some(events), _) => {
+                let kills = cgroup::oom_kills(events);
+                kills > std::mem::replace(&mut self.oom_kills, kills)
+            }
+            (None, Some(log)) => log.tells_of_a_kill(),
+            (None, None) => false,
+        };
+        if more && !self.exit_queued {
             self.outgoing.push(MAIN, &Frame::OutOfMemory)?;
         }
         Ok(())

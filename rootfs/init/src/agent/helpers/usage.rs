@@ -17,6 +17,7 @@ use std::fs;
 use picovm_guest_protocol::Usage;
 use rustix::time::ClockId;
 
+use crate::cgroup;
 use crate::container::Ground;
 
 const SECTOR: u64 = 512;
@@ -29,7 +30,11 @@ pub fn usage(ground: &Ground) -> Result<Usage, String> {
         .ok_or("this machine's kernel has no control groups")?;
     let read = |path: &str| fs::read_to_string(path).map_err(|error| format!("read {path}: {error}"));
     let now = rustix::time::clock_gettime(ClockId::Monotonic);
-    let machine = memory_of_machine(&read("/proc/meminfo")?).unwrap_or_default();
+    let meminfo = read("/proc/meminfo")?;
+    let bytes = |key| in_meminfo(&meminfo, key).unwrap_or_default();
+    let machine = bytes("MemTotal:");
+    // Where nothing counts for the container alone, the machine's is its own: the agent takes little.
+    let of_machine = || bytes("AnonPages:").saturating_add(bytes("Shmem:"));
     let (bytes_read, written) = disks(&read("/proc/diskstats").unwrap_or_default());
     let (received, sent) = networks(&read("/proc/self/net/dev").unwrap_or_default());
     let cache = group.value_of("memory.stat", "inactive_file").unwrap_or_default();
@@ -45,22 +50,21 @@ pub fn usage(ground: &Ground) -> Result<Usage, String> {
         cpus: cpus(&read("/proc/stat")?),
         memory: group
             .number("memory.current")
-            .unwrap_or_default()
-            .saturating_sub(cache),
+            .map_or_else(of_machine, |memory| memory.saturating_sub(cache)),
         memory_limit: group
             .number("memory.max")
             .map_or(machine, |limit| limit.min(machine)),
-        pids: group.number("pids.current").unwrap_or_default(),
+        pids: group.number("pids.current").unwrap_or_else(|| group.threads()),
         read: bytes_read,
         written,
         received,
         sent,
-        oom_kills: group.oom_kills(),
+        oom_kills: group.events().map_or(0, |events| cgroup::oom_kills(&events)),
     })
 }
 
-fn memory_of_machine(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+fn in_meminfo(meminfo: &str, key: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(key))?;
     let kibibytes: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
     kibibytes.checked_mul(1024)
 }
@@ -114,6 +118,6 @@ mod tests {
         let net = "Inter-|   Receive                            |  Transmit\n face |bytes    packets\n    lo: 5 1 0 0 0 0 0 0 5 1 0 0 0 0 0 0\n  eth0:700 3 0 0 0 0 0 0 900 4 0 0 0 0 0 0\n";
         assert_eq!(networks(net), (700, 900));
         assert_eq!(cpus("cpu  1 2\ncpu0 1\ncpu1 1\nintr 5\n"), 2);
-        assert_eq!(memory_of_machine("MemTotal:   1000 kB\n"), Some(1_024_000));
+        assert_eq!(in_meminfo("MemTotal:   1000 kB\n", "MemTotal:"), Some(1_024_000));
     }
 }
