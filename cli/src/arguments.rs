@@ -98,9 +98,17 @@ pub enum SeccompMode {
 #[derive(Subcommand)]
 pub enum TemplateCommand {
     /// Build the template that `run` with the same options would need
+    #[command(after_help = "Examples:
+  picovm template build debian
+  picovm template build -m 512m --cpus 2 debian")]
     Build {
-        #[command(flatten)]
-        machine: MachineOptions,
+        /// Memory of the containers, as 512m or 2g, 6 MiB at least; without it, a machine of 256 MiB. The machine has that and room
+        /// for its kernel: several limits have one template
+        #[arg(short, long, value_name = "SIZE", value_parser = crate::container::arguments::parse_limit)]
+        memory: Option<u64>,
+        /// vCPUs, 1 to 8
+        #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+        cpus: u8,
         /// The image's name
         image: String,
     },

@@ -6,17 +6,19 @@ use picovm_engine::{Store, StoredTemplate, TemplateSpec};
 use picovm_vmm::Template;
 use serde_json::json;
 
+use picovm_engine::containers::machine_memory;
+
 use crate::arguments::TemplateCommand;
 use crate::output;
 
 pub fn template(command: &TemplateCommand) -> anyhow::Result<ExitCode> {
     let store = Store::open_default()?;
     match command {
-        TemplateCommand::Build { machine, image } => {
+        TemplateCommand::Build { memory, cpus, image } => {
             let spec = TemplateSpec {
                 image: store.image(image)?,
-                memory_mib: machine.memory,
-                vcpus: machine.cpus,
+                memory_mib: memory.map_or(TemplateSpec::DEFAULT_MEMORY_MIB, machine_memory),
+                vcpus: *cpus,
             };
             let template = store.template(&spec, &mut |progress| eprintln!("picovm: {progress}"))?;
             if let Some(key) = template.path().file_name() {

@@ -806,7 +806,7 @@ pub struct EventsOptions {
 }
 
 /// Bytes that a container may use. What is more than any machine has is told by who knows the machines.
-fn parse_limit(text: &str) -> Result<u64, String> {
+pub fn parse_limit(text: &str) -> Result<u64, String> {
     /// As little as Docker takes.
     const SMALLEST: u64 = 6 << 20;
     match parse_bytes(text)? {
