@@ -165,14 +165,6 @@ fn memory_of(process: u32) -> Option<(u64, u64)> {
     Some((own, guest))
 }
 
-/// The processes that a process has started.
-pub fn children(process: u32) -> Vec<Pid> {
-    picovm_tests::children(process)
-        .into_iter()
-        .filter_map(|child| Pid::from_raw(child.cast_signed()))
-        .collect()
-}
-
 /// Whether a process runs a guest, which has touched some of its memory.
 pub fn has_guest(process: Pid) -> bool {
     memory_of(process.as_raw_nonzero().get().unsigned_abs()).is_some_and(|(_, guest)| guest > 1 << 20)

@@ -8,10 +8,9 @@ use picovm_engine::TemplateSpec;
 use picovm_guest_protocol::frame::MAIN;
 use picovm_guest_protocol::{ContainerSpec, Frame, FrameDecoder, Helper, Identity, ProcessSpec};
 use picovm_vmm::{ForkOptions, FreezeOptions, Machine, MachineConfig, Outcome, Template};
+use rustix::process::Pid;
 
-use crate::harness::{
-    Guest, MEMORY_MIB, children, has_guest, hostile_files, run, store, the_neighbour_is_whole,
-};
+use crate::harness::{Guest, MEMORY_MIB, has_guest, hostile_files, run, store, the_neighbour_is_whole};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -218,7 +217,8 @@ fn a_vmm_process_that_does_not_end() {
         .unwrap();
     let vmm = loop {
         // Its guest runs, so that it is ready to be told.
-        if let [vmm] = children(picovm.id())[..]
+        if let Ok((_, vmm)) = picovm_tests::monitor_and_vmm(picovm.id())
+            && let Some(vmm) = Pid::from_raw(vmm.cast_signed())
             && has_guest(vmm)
         {
             break vmm;
