@@ -304,8 +304,8 @@ impl Client {
     }
 }
 
-/// Most bytes that an agent may answer.
-const QUERY_MAX: u64 = 64 << 20;
+/// Most bytes that an agent may answer. What is made of them is larger by some.
+pub(super) const QUERY_MAX: u64 = 16 << 20;
 
 /// Why a helper has failed.
 pub(super) fn reason(exit: &ContainerExit, told: &[u8]) -> String {

@@ -8,7 +8,7 @@ use picovm_guest_protocol::{ContainerExit, Helper};
 use picovm_vmm::Template;
 use serde::de::DeserializeOwned;
 
-use super::client::{null, read_all, reason};
+use super::client::{QUERY_MAX, null, read_all, reason};
 use super::record::Record;
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
@@ -90,7 +90,7 @@ impl Idle {
         let exit = self.help(helper, [null.as_fd(), out.as_fd(), err.as_fd()])?;
         let rewound = |file: &mut File| -> Result<Vec<u8>, EngineError> {
             io::Seek::rewind(file).map_err(failed)?;
-            read_all(file.try_clone().map_err(failed)?.into(), 64 << 20)
+            read_all(file.try_clone().map_err(failed)?.into(), QUERY_MAX)
         };
         let answer = rewound(&mut out)?;
         let told = rewound(&mut err)?;

@@ -24,6 +24,7 @@ mod protocol;
 mod record;
 
 use std::fs;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -71,7 +72,12 @@ impl Store {
     pub fn containers(&self) -> Result<Containers, EngineError> {
         let directory = self.containers_directory();
         if !directory.is_dir() {
-            fs::create_dir_all(&directory).map_err(EngineError::store("create", &directory))?;
+            // Logs and sockets of containers are nobody else's.
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&directory)
+                .map_err(EngineError::store("create", &directory))?;
         }
         Ok(Containers { store: self.clone() })
     }
@@ -99,7 +105,10 @@ impl Containers {
         let directory = root.join(&config.id);
         let _lock = Lock::take(&root.join(".lock"))?;
         let name = self.free_name(name)?;
-        fs::create_dir(&unfinished).map_err(EngineError::store("create", &unfinished))?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&unfinished)
+            .map_err(EngineError::store("create", &unfinished))?;
         let state = State::default();
         let written = write_json(&unfinished.join(CONFIG), &config)
             .and_then(|()| write_json(&unfinished.join(STATE), &state))

@@ -72,6 +72,16 @@ fn a_container_is_found_by_its_name_its_id_and_the_beginning_of_it() {
 }
 
 #[test]
+fn nobody_else_may_look_into_containers() {
+    use std::os::unix::fs::PermissionsExt;
+    let (directory, containers) = containers();
+    let made = containers.create(config(), None).unwrap();
+    for path in [&directory.path().join("containers"), &made.directory] {
+        assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+}
+
+#[test]
 fn the_beginning_of_two_ids_is_refused() {
     let (_directory, containers) = containers();
     for last in ["1", "2"] {
