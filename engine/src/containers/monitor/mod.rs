@@ -43,7 +43,7 @@ const OWN_ERROR: u8 = 125;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
 /// A container that ran so long is restarted as if for the first time.
 const RAN_WELL: Duration = Duration::from_secs(10);
-/// How long those who have attached may take to read the last output of a container whose clone has failed.
+/// How long those who have attached may take to read the last output of a container that was killed, or whose clone has failed.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
 
 /// Starts the monitor of a container whose lock is held, as a child of this process; returns a connection with it.
@@ -124,6 +124,8 @@ struct Monitor<'m> {
     /// When its VMM process is told to end its clone, and then killed.
     force_at: Option<Instant>,
     forced: bool,
+    /// Whether it was told to end at once: then its last output waits for nobody.
+    killed: bool,
 }
 
 impl<'m> Monitor<'m> {
@@ -201,6 +203,7 @@ impl<'m> Monitor<'m> {
             kill_at: None,
             force_at: None,
             forced: false,
+            killed: false,
         })
     }
 
@@ -291,8 +294,8 @@ impl<'m> Monitor<'m> {
             self.change(|state| state.status = Status::Exited);
         }
         let failed = self.running.as_ref().is_none_or(|running| running.exit.is_none());
-        // Who does not read the output of a clone that was ended is not waited for.
-        let give_up = failed.then(|| Instant::now() + DRAIN_MAX);
+        // Who does not read the output of what was ended is not waited for.
+        let give_up = (failed || self.killed).then(|| Instant::now() + DRAIN_MAX);
         while self.peers.iter().any(|peer| peer.backlog() > 0)
             && give_up.is_none_or(|give_up| Instant::now() < give_up)
         {
@@ -326,6 +329,7 @@ impl<'m> Monitor<'m> {
         self.kill_at = None;
         self.force_at = None;
         self.forced = false;
+        self.killed = false;
         self.record.state.oom_killed = false;
         match self.start_vmm() {
             Ok(running) => self.running = Some(running),
@@ -461,6 +465,7 @@ impl<'m> Monitor<'m> {
         let Some(running) = &mut self.running else { return };
         if self.kill_at.is_some_and(|at| now >= at) {
             self.kill_at = None;
+            self.killed = true;
             self.force_at = Some(now + KILL_MAX);
             let _ = running.vmm.signal(KILL);
         }

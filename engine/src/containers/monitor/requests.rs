@@ -173,6 +173,7 @@ impl Monitor<'_> {
             self.stopping = true;
         }
         if signal == KILL {
+            self.killed = true;
             self.force_at = Some(Instant::now() + KILL_MAX);
         }
         let paused = self.record.state.status == Status::Paused;
