@@ -44,8 +44,9 @@ fn memory_limit(memory_mib: u64) -> u64 {
 
 /// Threads of a VMM process beside those of its vCPUs, with room for those that the kernel makes for it.
 const THREADS: u64 = 8;
-/// How many threads there are for each where calls are told of: who tells, and who is just being made or ends.
-const LOGGED: u64 = 3;
+/// How many threads there may be for each where calls are told of: who tells, and those that are just being made or end, which on
+/// a slow host are several.
+const LOGGED: u64 = 8;
 /// Descriptors that a VMM process may have open: its own, and three for each process that is executed in its container.
 pub(crate) const OPEN_FILES: u64 = 1024;
 

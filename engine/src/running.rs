@@ -74,7 +74,8 @@ impl RunningContainer {
     ) -> Result<Self, EngineError> {
         let (socket, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
         let mut socket = Some(socket);
-        let mut keep = vec![theirs.as_fd()];
+        // Standard error too: its number must not become that of another file, into which a message would go.
+        let mut keep = vec![theirs.as_fd(), rustix::stdio::stderr()];
         keep.extend(streams);
         keep.extend(options.console_log.as_ref().map(AsFd::as_fd));
         keep.extend(options.layer.as_ref().map(AsFd::as_fd));

@@ -187,7 +187,7 @@ fn what_its_starter_leaves_when_it_is_killed_the_next_container_sweeps() {
     let store = OwnStore::new().unwrap();
     works(&store, "80m");
     let before = cgroups();
-    let making = Making::of(&store, &build("88m"));
+    let making = Making::of(&store, &build("150m"));
     kill_process(making.starter, Signal::KILL).unwrap();
     let output = making.end();
     assert_eq!(output.status.code(), Some(125));
