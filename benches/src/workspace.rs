@@ -93,6 +93,8 @@ impl Workspace {
         let bench = copy(&this, at("picovm-bench"))?;
         let command = this.with_file_name("picovm");
         let picovm = copy(&command, at("picovm")).context("`make build` puts picovm beside picovm-bench")?;
+        copy(&this.with_file_name("picovm-vmm"), at("picovm-vmm"))
+            .context("`make build` puts picovm-vmm beside picovm-bench")?;
         let mut peers = BTreeMap::new();
         for peer in Peer::ALL {
             if let Some(given) = peer.given() {
