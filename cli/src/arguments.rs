@@ -59,6 +59,9 @@ pub enum Command {
     /// Build, list, show and remove templates (frozen machines)
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// Keep clones ready, for containers that start in the time of a process
+    #[command(subcommand)]
+    Pool(PoolCommand),
     /// Measure starts and memory on this machine
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -128,6 +131,61 @@ pub enum TemplateCommand {
         /// Their ids, or the beginnings of them
         #[arg(required = true)]
         ids: Vec<String>,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum PoolCommand {
+    /// Keep clones of an image parked; `run` and `start` then take one of them
+    #[command(
+        long_about = "Keeps clones of an image's template parked at their freeze point, each in a jailed VMM process, by a process of its \
+own that goes on after this command. Containers of that image with the same memory and vCPUs then start in one of them, until the \
+pool is stopped or this machine is. Prints the pool's id. Where there is one already, it is given this size.",
+        after_help = "Examples:
+  picovm pool start debian
+  picovm pool start --size 20 -m 512m --cpus 2 debian
+
+What a parked clone takes of the host's memory: docs/performance.md."
+    )]
+    Start {
+        /// How many clones
+        #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=POOL_MAX as i64))]
+        size: u32,
+        /// Park them without any page made ready: they take less memory and start slower
+        #[arg(long)]
+        bare: bool,
+        /// As the option of `run` for the containers that are to be served
+        #[arg(short, long, value_name = "SIZE", value_parser = crate::container::arguments::parse_limit)]
+        memory: Option<u64>,
+        /// vCPUs, 1 to 8
+        #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+        cpus: u8,
+        /// The image's name
+        image: String,
+    },
+    /// List pools
+    #[command(after_help = "Examples:
+  picovm pool ls
+  picovm pool ls --json")]
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Print ids alone
+        #[arg(short, long, conflicts_with = "json")]
+        quiet: bool,
+    },
+    /// End pools and their parked clones; containers go on
+    #[command(after_help = "Examples:
+  picovm pool stop debian
+  picovm pool stop --all")]
+    Stop {
+        /// All of them
+        #[arg(short, long)]
+        all: bool,
+        /// Their ids, the beginnings of them, or images' names
+        #[arg(required_unless_present = "all", conflicts_with = "all")]
+        pools: Vec<String>,
     },
 }
 

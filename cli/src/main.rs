@@ -9,6 +9,7 @@ mod image;
 mod image_arguments;
 mod image_list;
 mod output;
+mod pool;
 mod pull_arguments;
 mod template;
 mod transfer;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         Command::Save(options) => return ended(image::image(&ImageCommand::Save(options))),
         Command::Prune(options) => return ended(image::image(&ImageCommand::Prune(options))),
         Command::Template(command) => template::template(&command),
+        Command::Pool(command) => return ended(pool::pool(&command)),
         Command::Bench(command) => bench::bench(&command),
         Command::Doctor { json } => doctor::doctor(json),
         Command::Completions { shell } => {

@@ -173,6 +173,12 @@ pub enum EngineError {
     /// A size that no pool can have.
     #[error("a pool of {0} clones cannot be made: 1 to {max} are possible", max = crate::pool::POOL_MAX)]
     PoolSize(usize),
+    /// No such pool.
+    #[error("there is no pool {id}. `picovm pool ls` lists those that there are")]
+    NoPool {
+        /// What was given: an id or an image's name.
+        id: String,
+    },
     /// There is no program for VMM processes.
     #[error(
         "there is no picovm-vmm, which makes templates and runs the clones of a pool (looked at {}): `make build` puts it beside picovm, \

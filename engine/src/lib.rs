@@ -21,6 +21,7 @@ pub mod containers;
 mod density;
 mod error;
 pub mod figures;
+mod forked;
 mod guest;
 mod images;
 mod maker;
@@ -30,6 +31,7 @@ pub mod messages;
 #[cfg(not(fuzzing))]
 mod messages;
 mod pool;
+mod pools;
 mod printable;
 mod running;
 mod scheduling;
@@ -61,6 +63,7 @@ pub use picovm_guest_protocol::{
 };
 pub use picovm_rootfs::image::{Limits as ImageLimits, Progress as ImageProgress};
 pub use pool::{POOL_MAX, Pool, VMM_VARIABLE};
+pub use pools::{Pools, StandingPool};
 pub use printable::{printable, printable_lines, printable_text};
 pub use running::{News, RunningContainer};
 pub use scheduling::Prompt;

@@ -183,6 +183,39 @@ impl Pool {
         }))
     }
 
+    /// Hands over a clone that is parked already, if there is one, for another process to start a container in: its end of the
+    /// connection with the clone's VMM process.
+    pub(crate) fn take(&mut self) -> Option<UnixStream> {
+        self.look();
+        let parked = self.waiting.iter().position(|vmm| vmm.parked)?;
+        self.waiting.remove(parked).map(|vmm| vmm.socket)
+    }
+
+    /// Looks which clones are parked by now; those that cannot be, or are no longer, are given up.
+    pub(crate) fn look(&mut self) {
+        // What a parked clone has to say is that it is none any more.
+        let gone = |vmm: &Waiting| vmm.parked && wait_readable(&vmm.socket, Duration::ZERO).is_ok();
+        self.waiting.retain(|vmm| !gone(vmm));
+        let mut index = 0;
+        while index < self.waiting.len() {
+            let before = self.waiting.len();
+            let _ = self.wait_until_parked(index, Duration::ZERO);
+            if self.waiting.len() == before {
+                index = index.saturating_add(1);
+            }
+        }
+    }
+
+    /// Whether clones are missing.
+    pub(crate) fn is_short(&self) -> bool {
+        self.waiting.len() < self.size
+    }
+
+    /// How many clones are kept.
+    pub(crate) fn size(&self) -> usize {
+        self.size
+    }
+
     /// What the fork server said before it ended, if it has.
     fn last_words(&self) -> String {
         let told = wait_readable(&self.server.control, Duration::from_millis(200))
@@ -207,14 +240,6 @@ impl Pool {
         if options.isolate_memory {
             return Err(EngineError::NotIsolated);
         }
-        let start = options.request();
-        let message = ToVmm::Start {
-            id: start.id,
-            spec: start.spec,
-            hostname: start.hostname,
-        };
-        let mut descriptors = streams.to_vec();
-        descriptors.extend(options.layer.as_ref().map(AsFd::as_fd));
         loop {
             if self.waiting.is_empty() {
                 self.refill()?;
@@ -223,17 +248,39 @@ impl Pool {
             let Some(vmm) = self.waiting.pop_front() else {
                 continue;
             };
-            match messages::send(&vmm.socket, &message, &descriptors) {
-                Ok(()) => return Ok(RunningContainer::of_pool(vmm.socket, self.server.clone())),
-                // A parked clone whose process was killed: the next one will do.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-                    ) => {}
-                Err(error) => return Err(failed("start a container in a parked clone")(error)),
+            // A parked clone whose process was killed: the next one will do.
+            if send_start(&vmm.socket, options, streams)? {
+                return Ok(RunningContainer::of_pool(vmm.socket, self.server.clone()));
             }
         }
+    }
+}
+
+/// Has a container started in the parked clone at the other end; false if its process has ended.
+pub(crate) fn send_start(
+    vmm: &UnixStream,
+    options: &ContainerOptions,
+    streams: [BorrowedFd<'_>; 3],
+) -> Result<bool, EngineError> {
+    let start = options.request();
+    let message = ToVmm::Start {
+        id: start.id,
+        spec: start.spec,
+        hostname: start.hostname,
+    };
+    let mut descriptors = streams.to_vec();
+    descriptors.extend(options.layer.as_ref().map(AsFd::as_fd));
+    match messages::send(vmm, &message, &descriptors) {
+        Ok(()) => Ok(true),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+            ) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(failed("start a container in a parked clone")(error)),
     }
 }
 

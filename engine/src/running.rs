@@ -54,6 +54,8 @@ enum Parent {
     Here(Option<VmmProcess>),
     /// A pool's fork server's, which lives until the last container of the pool has ended.
     Server(#[expect(dead_code, reason = "dropping it waits for the server")] Arc<Server>),
+    /// The fork server's of a pool that another process has.
+    Elsewhere,
 }
 
 impl RunningContainer {
@@ -100,6 +102,14 @@ impl RunningContainer {
         }
     }
 
+    /// One that was started in a VMM process of a pool that another process has.
+    pub(crate) fn of_standing_pool(socket: UnixStream) -> Self {
+        Self {
+            socket,
+            parent: Parent::Elsewhere,
+        }
+    }
+
     /// Delivers a signal to the container.
     ///
     /// # Errors
@@ -122,7 +132,7 @@ impl RunningContainer {
         match &self.parent {
             Parent::Here(Some(child)) => child.kill(),
             Parent::Here(None) => {}
-            Parent::Server(_) => {
+            Parent::Server(_) | Parent::Elsewhere => {
                 let _ = self.socket.shutdown(std::net::Shutdown::Both);
             }
         }
@@ -230,7 +240,7 @@ impl RunningContainer {
     fn reap(&mut self) -> String {
         let child = match &mut self.parent {
             Parent::Here(child) => child.take(),
-            Parent::Server(_) => None,
+            Parent::Server(_) | Parent::Elsewhere => None,
         };
         match child {
             Some(child) => {

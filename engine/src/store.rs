@@ -8,6 +8,7 @@
 //! images/.unpack-lock       held while one is unpacked
 //! templates/KEY/            one template each
 //! templates/KEY.lock        held while it is built
+//! pools/KEY/                the pool of one template, if there is one: see `pools`
 //! containers/ID/            one container each: see `containers`
 //! containers/.lock          held while a container gets its name
 //! containers/events.json    what has happened to containers
@@ -17,6 +18,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use crate::error::EngineError;
@@ -99,6 +101,10 @@ impl Store {
         self.root.join("containers")
     }
 
+    pub(crate) fn pools_directory(&self) -> PathBuf {
+        self.root.join("pools")
+    }
+
     pub(crate) fn templates_directory(&self) -> PathBuf {
         self.root.join("templates")
     }
@@ -142,6 +148,11 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), EngineError> {
         Ok(())
     };
     write().map_err(EngineError::store("write", path))
+}
+
+/// A socket's path by way of its directory's descriptor: a path of any length fits.
+pub(crate) fn socket_path(directory: &File, name: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
 }
 
 /// Removes a file or directory, one that is already gone included.

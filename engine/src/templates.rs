@@ -479,12 +479,13 @@ impl Store {
             .ok_or_else(|| EngineError::NoTemplate { id: id.to_owned() })
     }
 
-    /// Removes the template whose key begins with `id`. Clones of it that run go on: they have its files open.
+    /// Removes the template whose key begins with `id`, and its pool. Clones of it that run go on: they have its files open.
     ///
     /// # Errors
     /// As [`Store::find_template`].
     pub fn remove_template(&self, id: &str) -> Result<StoredTemplate, EngineError> {
         let template = self.find_template(id)?;
+        self.pools().stop(&template.key)?;
         let _lock = Lock::take(&self.templates_directory().join(format!("{}.lock", template.key)))?;
         store::remove(&template.path)?;
         Ok(template)

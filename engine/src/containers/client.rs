@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
@@ -14,6 +14,7 @@ use super::protocol::{Ending, FromMonitor, ToMonitor};
 use super::record::Record;
 use crate::error::EngineError;
 use crate::messages;
+use crate::store;
 
 /// What a container's streams are connected with, on this side.
 #[derive(Clone, Copy, Default)]
@@ -67,9 +68,9 @@ impl AsFd for Client {
     }
 }
 
-/// The socket's path by way of its directory's descriptor: a path of any length fits.
+/// Where a monitor listens.
 pub(super) fn socket_path(directory: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}/monitor.sock", directory.as_raw_fd()))
+    store::socket_path(directory, "monitor.sock")
 }
 
 impl Client {

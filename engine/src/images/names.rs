@@ -210,10 +210,11 @@ impl Store {
         Ok(true)
     }
 
-    /// Removes the file of an image, and the templates made of it.
+    /// Removes the file of an image, and the templates made of it with their pools.
     fn remove_file(&self, digest: &str) -> Result<(), EngineError> {
         for template in self.templates()? {
             if template.image_digest().is_some_and(|of| of == digest) {
+                self.pools().stop(&template.key)?;
                 store::remove(&template.path)?;
             }
         }

@@ -8,6 +8,7 @@ mod lifecycle;
 mod limits;
 mod logs;
 mod look;
+mod pool;
 mod refused;
 mod terminal;
 

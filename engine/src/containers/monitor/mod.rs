@@ -3,7 +3,6 @@
 //! One thread and one `poll`. It moves the container's output into the log and to those who have attached, takes requests of
 //! clients, and writes down what becomes of the container.
 
-mod forked;
 mod health;
 mod peers;
 mod requests;
@@ -28,6 +27,8 @@ use super::protocol::{Ending, FromMonitor};
 use super::record::{Record, RestartPolicy, State, Status};
 use super::{Containers, STATE};
 use crate::error::EngineError;
+use crate::forked;
+use crate::pools;
 use crate::running::RunningContainer;
 use crate::store::Lock;
 use crate::streams::{Descriptor, Sink};
@@ -56,7 +57,7 @@ pub(super) fn start(
 ) -> Result<Client, EngineError> {
     let failed = EngineError::host("make a container's monitor");
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-    if let Some(child) = forked::fork()? {
+    if let Some(child) = forked::fork("fork the container's monitor")? {
         return Ok(Client::new(ours, record.name, Some(child)));
     }
     drop(ours);
@@ -389,12 +390,12 @@ impl<'m> Monitor<'m> {
             false => (None, None),
         };
         let stdin = feed_end.as_ref().map_or(null.as_fd(), AsFd::as_fd);
-        let vmm = RunningContainer::start(
-            self.template,
-            &options,
-            [stdin, out_end.as_fd(), err_end.as_fd()],
-            config.confinement,
-        )?;
+        let streams = [stdin, out_end.as_fd(), err_end.as_fd()];
+        let store = &self.containers.store;
+        let vmm = match pools::start(store, self.template, &options, streams, config.confinement) {
+            Some(started) => started,
+            None => RunningContainer::start(self.template, &options, streams, config.confinement)?,
+        };
         Ok(Running {
             vmm,
             outputs: vec![(Stream::Stdout, out), (Stream::Stderr, err)],

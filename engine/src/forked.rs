@@ -1,4 +1,5 @@
-//! A process of its own for a monitor: out of reach of the terminal, and with nothing open that it was not given.
+//! A process that outlives the command that made it, a monitor or a pool: out of reach of the terminal, and with nothing open
+//! that it was not given.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,12 +10,12 @@ use rustix::process::Pid;
 use crate::error::EngineError;
 
 /// Forks this process, which has to have one thread; `None` in the child.
-pub(super) fn fork() -> Result<Option<Pid>, EngineError> {
+pub(crate) fn fork(attempted: &'static str) -> Result<Option<Pid>, EngineError> {
     let threads = std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
     if threads > 1 {
         return Err(EngineError::Threads { threads });
     }
-    let failed = || EngineError::host("fork the container's monitor");
+    let failed = || EngineError::host(attempted);
     // SAFETY: this process has one thread, so its child may do whatever it may.
     match unsafe { libc::fork() } {
         -1 => Err(failed()(io::Error::last_os_error())),
@@ -26,13 +27,13 @@ pub(super) fn fork() -> Result<Option<Pid>, EngineError> {
 }
 
 /// Ends this process, which is a child that shares what it has with its parent: nothing is to be cleaned up twice.
-pub(super) fn exit() -> ! {
+pub(crate) fn exit() -> ! {
     // SAFETY: ends this process at once.
     unsafe { libc::_exit(0) }
 }
 
 /// Copies of descriptors that survive [`leave_caller`].
-pub(super) fn keep(fds: &[Option<BorrowedFd<'_>>; 3]) -> io::Result<[Option<OwnedFd>; 3]> {
+pub(crate) fn keep(fds: &[Option<BorrowedFd<'_>>; 3]) -> io::Result<[Option<OwnedFd>; 3]> {
     let copy = |fd: &Option<BorrowedFd<'_>>| {
         fd.map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 3).map_err(io::Error::from))
             .transpose()
@@ -41,8 +42,8 @@ pub(super) fn keep(fds: &[Option<BorrowedFd<'_>>; 3]) -> io::Result<[Option<Owne
 }
 
 /// Leaves the caller's session and terminal, and closes what this process has inherited of those who started the caller: a shell
-/// that waits for the end of a pipe does not wait for a container. Standard error stays if `keep_errors`.
-pub(super) fn leave_caller(keep_errors: bool) -> io::Result<()> {
+/// that waits for the end of a pipe does not wait for it. Standard error stays if `keep_errors`.
+pub(crate) fn leave_caller(keep_errors: bool) -> io::Result<()> {
     let _ = rustix::process::setsid();
     let null = std::fs::File::options()
         .read(true)
