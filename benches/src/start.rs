@@ -3,13 +3,14 @@
 
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use picovm_engine::figures::ms;
-use picovm_engine::{Confinement, ContainerOptions, Image, Parking, Pool, Prompt, RunningContainer};
+use picovm_engine::{Confinement, ContainerOptions, Image, Parking, Pool, Prompt, RunningContainer, Store};
 use picovm_guest_protocol::ContainerExit;
 use picovm_vmm::{Template, WorkingSet};
 
@@ -27,7 +28,7 @@ const DISCARDED: u32 = 5;
 pub const PARKED: Duration = Duration::from_millis(5);
 /// How long the clone before is given to be taken down where two ways to start are compared: it takes some 12 ms, and what is
 /// left of that would count as the second one's.
-const TAKEN_DOWN: Duration = Duration::from_millis(60);
+const TAKEN_DOWN: Duration = Duration::from_millis(100);
 /// A start that takes longer has gone wrong.
 pub const START_MAX: Duration = Duration::from_secs(10);
 /// So many starts tell the working set, as in the engine.
@@ -80,6 +81,9 @@ pub fn measure(
         run_probe(workspace, SMALL, &[]),
         run_probe(workspace, SMALL, &["--no-jail"]).named("unjailed_"),
     ];
+    if selection.has("pooled_run_first_byte") {
+        probes.push(StandingPool::start(workspace)?.probe());
+    }
     probes.extend(firecracker_probe(workspace, selection, report));
     probes.extend(cloud_hypervisor_probes(workspace, selection, report));
     for (name, prefix) in [("crun", "crun_"), ("runc", "runc_")] {
@@ -245,18 +249,69 @@ pub fn check_output(output: &[u8]) -> anyhow::Result<()> {
 fn run_probe<'a>(workspace: &'a Workspace, image: &'static str, options: &'static [&str]) -> Probe<'a> {
     Probe::new(
         [("run_first_byte", Unit::Ms), ("run_exit", Unit::Ms)],
-        move || {
-            let mut command = Command::new(&workspace.picovm);
-            command
-                .env("PICOVM_HOME", workspace.store.root())
-                .env_remove("PICOVM_GUEST");
-            // A limit that is served by a machine of this size: see `machine_memory`.
-            let limit = MEMORY_MIB - 32;
-            command.args(["run", "--rm", "--memory", &format!("{limit}m")]);
-            command.args(options).args([image, "echo", WORD]);
-            process(&mut command)
-        },
+        move || process(&mut run(workspace, workspace.store.root(), image, options)),
     )
+}
+
+/// `picovm run` of `echo` with a store.
+fn run(workspace: &Workspace, store: &Path, image: &str, options: &[&str]) -> Command {
+    let mut command = picovm(workspace, store, &["run", "--rm"]);
+    command.args(options).args([image, "echo", WORD]);
+    command
+}
+
+/// `picovm` with a store, for containers that machines of the size that is measured serve: see `machine_memory`.
+fn picovm(workspace: &Workspace, store: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(&workspace.picovm);
+    command
+        .env("PICOVM_HOME", store)
+        .env_remove("PICOVM_GUEST")
+        .args(arguments)
+        .args(["--memory", &format!("{}m", MEMORY_MIB - 32)]);
+    command
+}
+
+/// A standing pool in a store of its own, out of reach of the cold starts. It ends with this.
+struct StandingPool<'a> {
+    workspace: &'a Workspace,
+    store: PathBuf,
+}
+
+impl<'a> StandingPool<'a> {
+    fn start(workspace: &'a Workspace) -> anyhow::Result<Self> {
+        let store = workspace.path("pooled-store");
+        Store::open(&store)?.build_image(SMALL, &workspace.path("image"), &mut |_| {})?;
+        let pool = Self { workspace, store };
+        let start = ["pool", "start", "--size", "1"];
+        let mut command = picovm(workspace, &pool.store, &start);
+        let output = command.arg(SMALL).output()?;
+        if !output.status.success() {
+            bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(pool)
+    }
+
+    /// As `run_probe`, in a clone of it.
+    fn probe(self) -> Probe<'a> {
+        let measures = [("pooled_run_first_byte", Unit::Ms), ("pooled_run_exit", Unit::Ms)];
+        Probe::new(measures, move || {
+            // Until the next one is parked.
+            std::thread::sleep(TAKEN_DOWN);
+            process(&mut run(self.workspace, &self.store, SMALL, &[]))
+        })
+    }
+}
+
+impl Drop for StandingPool<'_> {
+    fn drop(&mut self) {
+        let stop = Command::new(&self.workspace.picovm)
+            .env("PICOVM_HOME", &self.store)
+            .args(["pool", "stop", "--all"])
+            .output();
+        if let Err(error) = stop {
+            eprintln!("warning: a pool goes on: {error}");
+        }
+    }
 }
 
 /// What a jail adds to a cold start by a fork server, and to a start of a clone that is parked in it: each the difference of two

@@ -83,6 +83,19 @@ const WANTED: &[Wanted] = &[
         limit: "as from a parked clone, and a message with three descriptors to another process",
     },
     Wanted {
+        what: "`picovm run` with a pool, by a bare cold clone",
+        figure: Figure::Ratio("pooled_run_first_byte", "fork_first_byte"),
+        most: 1.3,
+        limit: "a command, its container's record, its monitor and a start from a pool",
+    },
+    Wanted {
+        what: "`picovm run` with nothing prepared, by a bare cold clone",
+        figure: Figure::Ratio("run_first_byte", "fork_first_byte"),
+        most: 1.3,
+        limit: "the command itself, its container's record, its monitor and its VMM process are three processes, and a jail with nothing \
+                prepared is a network namespace and a cgroup that have to be made",
+    },
+    Wanted {
         what: "`picovm run`, by Firecracker's restore",
         figure: Figure::Ratio("run_first_byte", "firecracker_restore"),
         most: 0.5,
