@@ -6,7 +6,8 @@ use clap::{Args, Parser, Subcommand};
 use picovm_engine::POOL_MAX;
 
 use crate::container::arguments::{
-    ContainerCommand, ContainerGroup, EventsOptions, InspectOptions, PsOptions,
+    ContainerCommand, ContainerGroup, EventsOptions, ExecOptions, InspectOptions, PsOptions, RunOptions,
+    StartOptions,
 };
 use crate::image_arguments::{
     ImageCommand, ListOptions, LoadArguments, PruneOptions, RemoveOptions, SaveOptions, TagOptions,
@@ -24,6 +25,48 @@ pub struct Cli {
     pub short_verbose: u8,
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// The commands that start processes, without all others: that clap makes each of those ready takes longer than a start.
+#[derive(Parser)]
+#[command(name = "picovm", disable_help_subcommand = true)]
+struct Starting {
+    #[arg(long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: StartingCommand,
+}
+
+#[derive(Subcommand)]
+enum StartingCommand {
+    Run(Box<RunOptions>),
+    Exec(ExecOptions),
+    Start(StartOptions),
+}
+
+impl Cli {
+    /// Reads a command line.
+    ///
+    /// # Errors
+    /// What is wrong with it, or what was asked for in its place: help, the version.
+    pub fn read(words: &[OsString]) -> Result<Self, clap::Error> {
+        let first = words.get(1).and_then(|word| word.to_str());
+        if matches!(first, Some("run" | "exec" | "start"))
+            && let Ok(Starting { verbose, command }) = Starting::try_parse_from(words)
+        {
+            return Ok(Self {
+                verbose,
+                short_verbose: 0,
+                command: Command::Container(match command {
+                    StartingCommand::Run(options) => ContainerCommand::Run(options),
+                    StartingCommand::Exec(options) => ContainerCommand::Exec(options),
+                    StartingCommand::Start(options) => ContainerCommand::Start(options),
+                }),
+            });
+        }
+        // Every error is this one's, so that it knows all commands.
+        Self::try_parse_from(words)
+    }
 }
 
 #[derive(Subcommand)]
@@ -288,6 +331,43 @@ mod tests {
         assert!(parse_memory("m").is_err());
         assert!(parse_memory("5x").is_err());
         assert!(parse_memory("99999999999g").is_err());
+    }
+
+    #[test]
+    fn commands_that_start_processes_are_read_alike_with_and_without_all_others() {
+        let words = |line: &str| -> Vec<OsString> { line.split(' ').map(OsString::from).collect() };
+        for line in [
+            "picovm run --rm -e A=1 --verbose debian ls --verbose -v",
+            "picovm exec -it web sh -c true",
+            "picovm start -ai web",
+        ] {
+            let cli = Cli::read(&words(line)).unwrap_or_else(|error| panic!("{line}: {error}"));
+            let whole = Cli::try_parse_from(words(line)).unwrap();
+            assert_eq!(cli.verbose, whole.verbose, "{line}");
+            match (cli.command, whole.command) {
+                (
+                    Command::Container(ContainerCommand::Run(one)),
+                    Command::Container(ContainerCommand::Run(other)),
+                ) => assert_eq!(one.create.command, other.create.command),
+                (
+                    Command::Container(ContainerCommand::Exec(_)),
+                    Command::Container(ContainerCommand::Exec(_)),
+                )
+                | (
+                    Command::Container(ContainerCommand::Start(_)),
+                    Command::Container(ContainerCommand::Start(_)),
+                ) => {}
+                _ => panic!("{line} is read as two commands"),
+            }
+        }
+        let (quick, whole) = (
+            Cli::read(&words("picovm run --nonsense debian")),
+            Cli::try_parse_from(words("picovm run --nonsense debian")),
+        );
+        assert_eq!(
+            quick.err().map(|error| error.to_string()),
+            whole.err().map(|error| error.to_string())
+        );
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod view;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 
 use arguments::{Cli, Command};
 use container::arguments::ContainerGroup;
@@ -28,7 +28,8 @@ use tracing_subscriber::filter::LevelFilter;
 const OWN_ERROR: u8 = 125;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let words: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    let cli = match Cli::read(&words) {
         Ok(cli) => cli,
         Err(error) => return not_understood(&error),
     };
