@@ -13,6 +13,7 @@ mod pull_arguments;
 mod template;
 mod transfer;
 mod view;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         Command::Load(options) => return ended(image::image(&ImageCommand::Load(options))),
         Command::Save(options) => return ended(image::image(&ImageCommand::Save(options))),
         Command::Prune(options) => return ended(image::image(&ImageCommand::Prune(options))),
+        Command::Volume(command) => return ended(volume::volume(&command)),
         Command::Template(command) => template::template(&command),
         Command::Bench(command) => bench::bench(&command),
         Command::Doctor { json } => doctor::doctor(json),

@@ -99,6 +99,10 @@ impl Store {
         self.root.join("containers")
     }
 
+    pub(crate) fn volumes_directory(&self) -> PathBuf {
+        self.root.join("volumes")
+    }
+
     pub(crate) fn templates_directory(&self) -> PathBuf {
         self.root.join("templates")
     }
