@@ -13,6 +13,7 @@ use crate::image_arguments::{
     ImageCommand, ListOptions, LoadArguments, PruneOptions, RemoveOptions, SaveOptions, TagOptions,
 };
 use crate::pull_arguments::{PullArguments, parse_bytes};
+use crate::volume::VolumeCommand;
 
 /// Run every container as its own lightweight VM, forked from a frozen one.
 #[derive(Parser)]
@@ -99,6 +100,9 @@ pub enum Command {
     /// Make images of root file systems, and everything else about images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Make, list, show and remove volumes, which outlive containers
+    #[command(subcommand)]
+    Volume(VolumeCommand),
     /// Build, list, show and remove templates (frozen machines)
     #[command(subcommand)]
     Template(TemplateCommand),

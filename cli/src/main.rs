@@ -14,6 +14,7 @@ mod pull_arguments;
 mod template;
 mod transfer;
 mod view;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         Command::Load(options) => return ended(image::image(&ImageCommand::Load(options))),
         Command::Save(options) => return ended(image::image(&ImageCommand::Save(options))),
         Command::Prune(options) => return ended(image::image(&ImageCommand::Prune(options))),
+        Command::Volume(command) => return ended(volume::volume(&command)),
         Command::Template(command) => template::template(&command),
         Command::Pool(command) => return ended(pool::pool(&command)),
         Command::Bench(command) => bench::bench(&command),

@@ -8,13 +8,16 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use picovm_guest_protocol::{ContainerSpec, Identity, IdentityError, Limits, ProcessSpec, TerminalSize};
+use picovm_guest_protocol::{
+    ContainerSpec, Identity, IdentityError, Limits, Mount, ProcessSpec, TerminalSize,
+};
 use picovm_vmm::{ForkOptions, Machine, Outcome, Template};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::confinement::ThreadFilters;
 use crate::error::EngineError;
 use crate::session::Session;
+use crate::share::{self, Shared};
 
 /// What to run and how.
 #[derive(Debug, Default)]
@@ -49,6 +52,8 @@ pub struct ContainerOptions {
     pub read_only: bool,
     /// File systems in memory: where, and the options of `mount(8)`.
     pub tmpfs: Vec<(OsString, OsString)>,
+    /// Directories and files of the host. Only a container that is started cold can have them.
+    pub shared: Vec<Shared>,
     /// Addresses and names for its `/etc/hosts`.
     pub hosts: Vec<(String, String)>,
     /// The writable layer that an earlier run has left, as [`Helper::SaveLayer`](picovm_guest_protocol::Helper::SaveLayer)
@@ -108,6 +113,17 @@ impl ContainerOptions {
                 .tmpfs
                 .iter()
                 .map(|(place, options)| (place.clone().into_vec(), options.clone().into_vec()))
+                .collect(),
+            mounts: self
+                .shared
+                .iter()
+                .enumerate()
+                .map(|(index, one)| Mount {
+                    name: share::name(index).into_bytes(),
+                    target: one.target.clone().into_vec(),
+                    read_only: one.read_only,
+                    fill: one.fill && !one.read_only,
+                })
                 .collect(),
             hosts: self
                 .hosts
@@ -240,13 +256,14 @@ impl Container {
     /// # Errors
     /// [`EngineError::Template`], [`EngineError::Machine`] for what the host refuses.
     pub fn start(template: &Template, options: &ContainerOptions) -> Result<Self, EngineError> {
-        Self::start_confined(template, options, &ThreadFilters::default())
+        Self::start_confined(template, options, None, &ThreadFilters::default())
     }
 
-    /// As [`Container::start`], with every thread of this process confined before the guest runs.
+    /// As [`Container::start`], with a connection to a share server, and with every thread of this process confined before the guest runs.
     pub(crate) fn start_confined(
         template: &Template,
         options: &ContainerOptions,
+        share: Option<&OwnedFd>,
         filters: &ThreadFilters,
     ) -> Result<Self, EngineError> {
         let mut identified = Identified::new(template, options.request())?;
@@ -264,6 +281,7 @@ impl Container {
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
             on_thread: filters.on_thread(),
             isolate_memory: options.isolate_memory,
+            share: share::once_more(share)?,
             ..ForkOptions::default()
         })?;
         if let Some(set) = template.working_set() {

@@ -123,6 +123,29 @@ pub enum EngineError {
         /// What was given.
         name: String,
     },
+    /// A volume cannot be called so.
+    #[error(
+        "{name:?} is no name of a volume: two or more of letters, digits, _, . and -, and a letter or digit first. A directory of \
+             this machine is named by its absolute path"
+    )]
+    VolumeName {
+        /// What was given.
+        name: String,
+    },
+    /// No such volume.
+    #[error("there is no volume {name}. `picovm volume ls` lists those that there are")]
+    NoVolume {
+        /// What was given.
+        name: String,
+    },
+    /// A container uses it.
+    #[error("volume {name} is in use by {containers}: remove what uses it first")]
+    VolumeInUse {
+        /// Its name.
+        name: String,
+        /// Names of the containers.
+        containers: String,
+    },
     /// No such container.
     #[error("there is no container {name}. `picovm ps -a` lists those that there are")]
     NoContainer {

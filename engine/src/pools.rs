@@ -162,7 +162,10 @@ pub(crate) fn start(
     streams: [BorrowedFd<'_>; 3],
     confinement: Confinement,
 ) -> Option<RunningContainer> {
-    let cold = confinement != Confinement::Jailed || options.isolate_memory || options.console_log.is_some();
+    let cold = confinement != Confinement::Jailed
+        || options.isolate_memory
+        || options.console_log.is_some()
+        || !options.shared.is_empty();
     let directory = store.pools_directory().join(template.path().file_name()?);
     if cold {
         return None;

@@ -14,6 +14,7 @@ use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, ToVmm};
 use crate::pool::Server;
+use crate::share::ShareServer;
 use crate::vmm_process;
 
 fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
@@ -28,6 +29,8 @@ const END_MAX: Duration = Duration::from_secs(5);
 pub struct RunningContainer {
     socket: UnixStream,
     parent: Parent,
+    /// Serves the directories that it shares with the host, if it does. It ends with the VMM process, and after it.
+    _share: Option<ShareServer>,
 }
 
 /// What there is to tell of a container that runs.
@@ -76,21 +79,30 @@ impl RunningContainer {
     ) -> Result<Self, EngineError> {
         let (socket, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
         let mut socket = Some(socket);
+        let (share, server) = match options.shared.as_slice() {
+            [] => (None, None),
+            shared => {
+                let (share, server) = ShareServer::start(shared, confinement)?;
+                (Some(share), Some(server))
+            }
+        };
         // Standard error too: its number must not become that of another file, into which a message would go.
         let mut keep = vec![theirs.as_fd(), rustix::stdio::stderr()];
         keep.extend(streams);
         keep.extend(options.console_log.as_ref().map(AsFd::as_fd));
         keep.extend(options.layer.as_ref().map(AsFd::as_fd));
+        keep.extend(share.as_ref().map(AsFd::as_fd));
         let child = Forker::new(template, confinement)?.fork(template, &keep, |filters| {
             // Its end is how the VMM process notices that nobody is left.
             socket = None;
-            vmm_process::run_at_once(template, options, streams, &theirs, filters);
+            vmm_process::run_at_once(template, options, share.as_ref(), streams, &theirs, filters);
         })?;
         let socket =
             socket.ok_or_else(|| failed("fork a VMM process")(io::ErrorKind::NotConnected.into()))?;
         Ok(Self {
             socket,
             parent: Parent::Here(Some(child)),
+            _share: server,
         })
     }
 
@@ -99,6 +111,7 @@ impl RunningContainer {
         Self {
             socket,
             parent: Parent::Server(server),
+            _share: None,
         }
     }
 
@@ -107,6 +120,7 @@ impl RunningContainer {
         Self {
             socket,
             parent: Parent::Elsewhere,
+            _share: None,
         }
     }
 

@@ -105,6 +105,10 @@ impl Store {
         self.root.join("pools")
     }
 
+    pub(crate) fn volumes_directory(&self) -> PathBuf {
+        self.root.join("volumes")
+    }
+
     pub(crate) fn templates_directory(&self) -> PathBuf {
         self.root.join("templates")
     }

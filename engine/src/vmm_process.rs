@@ -100,11 +100,12 @@ fn tell_failure(socket: &UnixStream, ended: Result<(), EngineError>) {
 pub(crate) fn run_at_once(
     template: &Template,
     options: &ContainerOptions,
+    share: Option<&OwnedFd>,
     streams: [BorrowedFd<'_>; 3],
     socket: &UnixStream,
     filters: &ThreadFilters,
 ) {
-    let ended = Container::start_confined(template, options, filters)
+    let ended = Container::start_confined(template, options, share, filters)
         .and_then(|container| serve_streams(container, streams.map(Descriptor::Borrowed), socket));
     tell_failure(socket, ended);
 }

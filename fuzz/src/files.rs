@@ -9,6 +9,7 @@ use picovm_vmm::devices::legacy::{ConsoleLog, Ports};
 use picovm_vmm::devices::trap::Trap;
 use picovm_vmm::devices::virtio::block::FileBackend;
 use picovm_vmm::devices::virtio::console;
+use picovm_vmm::devices::virtio::fs::ShareBackend;
 use picovm_vmm::devices::virtio::slot::{Slot, SlotBackend, SlotState};
 use picovm_vmm::machine::MachineState;
 use picovm_vmm::template::{FORMAT_VERSION, FileRecord, Metadata, parses};
@@ -67,6 +68,7 @@ fn machine_state(data: &[u8]) {
                 }
             }
             SlotState::Entropy { .. } => SlotBackend::Entropy,
+            SlotState::Fs { .. } => SlotBackend::Fs(ShareBackend::default()),
         };
         // The state of the queues is the file's: the devices work on it at once, as in a clone.
         if let Ok(slot) = Slot::from_state(backend, 2, guest::memory(), guest::line(), saved) {

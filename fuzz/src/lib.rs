@@ -13,7 +13,7 @@ mod virtio;
 pub use files::{image_archive, template_state};
 pub use legacy::legacy_and_trap;
 pub use protocol::{agent, identity, messages, session};
-pub use virtio::{virtio_block, virtio_console, virtio_entropy};
+pub use virtio::{virtio_block, virtio_console, virtio_entropy, virtio_fs};
 
 /// First byte of an input of `template_state`: which file the rest is.
 pub const TEMPLATE_FILES: [u8; 3] = *b"mws";

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use arbitrary::{Arbitrary, Unstructured};
 use picovm_vmm::devices::virtio::block::FileBackend;
 use picovm_vmm::devices::virtio::console;
+use picovm_vmm::devices::virtio::fs::ShareBackend;
 use picovm_vmm::devices::virtio::slot::{Slot, SlotBackend, SlotState};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -231,7 +232,7 @@ impl Rig {
         let saved = self.slot.state();
         let (backend, host) = connection();
         let backend = saved
-            .open_backend(&mut Some(backend), &mut std::iter::empty(), None)
+            .open_backend(&mut Some(backend), &mut None, &mut std::iter::empty(), None)
             .expect("the disk is what it was")
             .expect("every slot has a backend");
         let slot = Slot::from_state(backend, 2, self.memory.clone(), guest::line(), &saved)
@@ -239,7 +240,8 @@ impl Rig {
         let transport = |state: &SlotState| match state {
             SlotState::Console { transport, .. }
             | SlotState::Block { transport, .. }
-            | SlotState::Entropy { transport } => transport.clone(),
+            | SlotState::Entropy { transport }
+            | SlotState::Fs { transport, .. } => transport.clone(),
         };
         assert_eq!(transport(&slot.state()), transport(&saved));
         if let Some(own) = &mut self.host {
@@ -369,4 +371,13 @@ pub fn virtio_block(data: &[u8]) {
 /// The entropy device.
 pub fn virtio_entropy(data: &[u8]) {
     Rig::new(SlotBackend::Entropy, None, None).run(Unstructured::new(data));
+}
+
+/// The file system device, and a share server that says what the input does.
+pub fn virtio_fs(data: &[u8]) {
+    let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().expect("make a pair of sockets");
+    theirs.set_nonblocking(true).expect("no waiting");
+    let backend = ShareBackend::new(ours.into()).expect("a backend");
+    let host = OwnedFd::from(theirs).into();
+    Rig::new(SlotBackend::Fs(backend), Some(host), None).run(Unstructured::new(data));
 }

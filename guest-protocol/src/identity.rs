@@ -40,6 +40,8 @@ pub struct ContainerSpec {
     pub read_only: bool,
     /// File systems in memory: where, absolute, and the options of `mount(8)` as `size=64m,mode=1777`.
     pub tmpfs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Directories and files of the host, which the machine's file system device has (tag [`SHARE_TAG`](crate::SHARE_TAG)).
+    pub mounts: Vec<Mount>,
     /// Lines for its `/etc/hosts`, after its own.
     pub hosts: Vec<(Vec<u8>, Vec<u8>)>,
     /// Whether its writable layer comes over the control connection before anything runs: data of standard input of process
@@ -50,6 +52,19 @@ pub struct ContainerSpec {
     pub stay: bool,
     /// Whether the agent says when the main process's program runs ([`Frame::Started`](crate::Frame::Started)).
     pub announce: bool,
+}
+
+/// A directory or file of the host in a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Its name in the root of the shared file system.
+    pub name: Vec<u8>,
+    /// Where it is in the container: absolute, made if it is not there. Links on the way lead nowhere but within the container.
+    pub target: Vec<u8>,
+    /// Whether it refuses to be written to.
+    pub read_only: bool,
+    /// Whether it gets, if it is an empty directory, what the image has at that place.
+    pub fill: bool,
 }
 
 impl ContainerSpec {

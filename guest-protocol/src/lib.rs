@@ -28,13 +28,16 @@ pub mod trap;
 
 pub use frame::{ContainerExit, Frame, FrameDecoder, FrameError, StartFailure, Stream};
 pub use identity::{
-    Change, ChangeKind, ContainerSpec, Helper, Identity, IdentityError, Limits, PathStatus, ProcessSpec,
-    Task, TerminalSize, Usage,
+    Change, ChangeKind, ContainerSpec, Helper, Identity, IdentityError, Limits, Mount, PathStatus,
+    ProcessSpec, Task, TerminalSize, Usage,
 };
 
 /// Version of everything in this crate. A template made by another version is rebuilt, never reinterpreted.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Name of the virtio-console port that carries the control connection, as sysfs shows it in
 /// `/sys/class/virtio-ports/vportNpM/name`.
 pub const CONTROL_PORT_NAME: &str = "picovm.control";
+
+/// Tag by which the guest mounts what the host shares with it (virtio 1.2, 5.11.4).
+pub const SHARE_TAG: &str = "picovm";

@@ -80,10 +80,10 @@ impl Confinement<'_> {
         if !self.server {
             lock_capabilities()?;
         }
-        if let Some(id) = &self.slot.id {
-            if !self.server {
-                sys::clear_groups().map_err(failed("leave all groups"))?;
-            }
+        if self.slot.id.is_some() && !self.server {
+            sys::clear_groups().map_err(failed("leave all groups"))?;
+        }
+        if let Some(id) = self.slot.id.as_ref().filter(|_| !self.keeps_user()) {
             let gid = rustix::process::Gid::from_raw(id.number());
             rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(failed("change the group id"))?;
             let uid = rustix::process::Uid::from_raw(id.number());
@@ -93,13 +93,18 @@ impl Confinement<'_> {
             }
         }
         // The change of ids has dropped them all where there was nothing else to drop.
-        let none = CapabilitySets {
-            effective: CapabilitySet::empty(),
-            permitted: CapabilitySet::empty(),
+        let kept = if self.rootless {
+            CapabilitySet::empty()
+        } else {
+            self.policy.capabilities.iter().copied().map(capability).collect()
+        };
+        let kept = CapabilitySets {
+            effective: kept,
+            permitted: kept,
             inheritable: CapabilitySet::empty(),
         };
-        if rustix::thread::capabilities(None).map_err(failed("read the capabilities"))? != none {
-            rustix::thread::set_capabilities(None, none).map_err(failed("drop all capabilities"))?;
+        if rustix::thread::capabilities(None).map_err(failed("read the capabilities"))? != kept {
+            rustix::thread::set_capabilities(None, kept).map_err(failed("drop capabilities"))?;
         }
         if !self.server {
             rustix::thread::clear_ambient_capability_set().map_err(failed("drop ambient capabilities"))?;
@@ -107,6 +112,11 @@ impl Confinement<'_> {
         }
         rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
             .map_err(failed("refuse to be traced"))
+    }
+
+    /// Whether it stays the caller's user.
+    fn keeps_user(&self) -> bool {
+        !self.policy.capabilities.is_empty()
     }
 
     /// A user namespace, made by an id that has no rights outside of it.
@@ -216,6 +226,19 @@ fn close_others(keep: &[RawFd], also: RawFd) -> io::Result<()> {
         close_until(u32::try_from(*kept).map_err(|_| io::ErrorKind::InvalidInput)?)?;
     }
     sys::close_range(from, u32::MAX)
+}
+
+fn capability(capability: policy::Capability) -> CapabilitySet {
+    use policy::Capability as Ours;
+    match capability {
+        Ours::Chown => CapabilitySet::CHOWN,
+        Ours::DacOverride => CapabilitySet::DAC_OVERRIDE,
+        Ours::Fowner => CapabilitySet::FOWNER,
+        Ours::Fsetid => CapabilitySet::FSETID,
+        Ours::Setgid => CapabilitySet::SETGID,
+        Ours::Setuid => CapabilitySet::SETUID,
+        Ours::Setfcap => CapabilitySet::SETFCAP,
+    }
 }
 
 fn rlimit(resource: policy::Resource) -> rustix::process::Resource {

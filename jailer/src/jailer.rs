@@ -40,6 +40,18 @@ impl Mode {
     }
 }
 
+/// What a process opens for itself before it is confined: see [`Jailer::spawn_with`].
+pub trait Opened {
+    /// The descriptors of it that stay open.
+    fn descriptors(&self) -> Vec<RawFd>;
+}
+
+impl Opened for Vec<OwnedFd> {
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.iter().map(AsRawFd::as_raw_fd).collect()
+    }
+}
+
 /// What jails need of their jailer for as long as they live.
 pub(crate) struct Shared {
     cgroups: Option<Cgroups>,
@@ -184,7 +196,7 @@ impl Jailer {
     /// [`JailError::NotAlone`] if this process has other threads, or is not the one that made the jailer; what [`Jailer::prepare`]
     /// says if nothing was prepared; [`JailError::Host`] if the host refuses the process.
     pub fn spawn(&mut self, keep: &[RawFd], work: impl FnOnce() -> u8) -> Result<Jail, JailError> {
-        self.spawn_with(keep, || Ok(Vec::new()), |_| work())
+        self.spawn_with(keep, || Ok(Vec::<OwnedFd>::new()), |_| work())
     }
 
     /// The same for a process that needs descriptors which only it can open, such as those of itself in `/proc`: `open` opens
@@ -192,11 +204,11 @@ impl Jailer {
     ///
     /// # Errors
     /// As [`Jailer::spawn`].
-    pub fn spawn_with(
+    pub fn spawn_with<T: Opened>(
         &mut self,
         keep: &[RawFd],
-        open: impl FnOnce() -> io::Result<Vec<OwnedFd>>,
-        work: impl FnOnce(Vec<OwnedFd>) -> u8,
+        open: impl FnOnce() -> io::Result<T>,
+        work: impl FnOnce(T) -> u8,
     ) -> Result<Jail, JailError> {
         let filters = (!self.server).then(|| self.filters.clone());
         self.fork(keep, open, |own| {
@@ -220,15 +232,15 @@ impl Jailer {
     /// As [`Jailer::spawn`].
     pub fn spawn_program(&mut self, program: &Program) -> Result<Jail, JailError> {
         let filter = self.filters.of_program()?;
-        let nothing = || Ok(Vec::new());
+        let nothing = || Ok(Vec::<OwnedFd>::new());
         self.fork(&[0, 1, 2], nothing, |_| exec::run_program(program, &filter))
     }
 
-    fn fork(
+    fn fork<T: Opened>(
         &mut self,
         keep: &[RawFd],
-        open: impl FnOnce() -> io::Result<Vec<OwnedFd>>,
-        work: impl FnOnce(Vec<OwnedFd>) -> u8,
+        open: impl FnOnce() -> io::Result<T>,
+        work: impl FnOnce(T) -> u8,
     ) -> Result<Jail, JailError> {
         self.check_alone()?;
         let mut keep = keep.to_vec();
@@ -250,7 +262,7 @@ impl Jailer {
             Forked::Child => {
                 let opened = open();
                 if let Ok(opened) = &opened {
-                    keep.extend(opened.iter().map(AsRawFd::as_raw_fd));
+                    keep.extend(opened.descriptors());
                     keep.sort_unstable();
                 }
                 let confinement = Confinement {
@@ -321,11 +333,7 @@ impl Jailer {
 }
 
 /// The life of a confined process.
-fn be_confined(
-    confinement: &Confinement<'_>,
-    opened: io::Result<Vec<OwnedFd>>,
-    work: impl FnOnce(Vec<OwnedFd>) -> u8,
-) -> ! {
+fn be_confined<T>(confinement: &Confinement<'_>, opened: io::Result<T>, work: impl FnOnce(T) -> u8) -> ! {
     let mut complaint: &File = &confinement.slot.complaint.1;
     let confined = opened
         .map_err(|error| ("open what only the process itself can", error))

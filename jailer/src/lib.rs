@@ -41,9 +41,9 @@ mod sys;
 pub use error::JailError;
 pub use exec::{Program, Signals};
 pub use jail::{Ended, Jail};
-pub use jailer::{Jailer, Mode};
+pub use jailer::{Jailer, Mode, Opened};
 pub use policy::{
-    Access, AllowedCall, ArgumentCondition, Cgroup, Ids, IoLimit, Namespaces, Operator, Policy, Resource,
-    RootEntry, Seccomp, SeccompMode, Width,
+    Access, AllowedCall, ArgumentCondition, Capability, Cgroup, Ids, IoLimit, Namespaces, Operator, Policy,
+    Resource, RootEntry, Seccomp, SeccompMode, Width,
 };
 pub use seccomp::{Filters, ThreadKind, Work};

@@ -29,6 +29,29 @@ pub struct Policy {
     pub seccomp: Seccomp,
     /// Whether it outlives the process that spawned it. If not, it is killed with it.
     pub outlives_parent: bool,
+    /// Capabilities that it keeps, for a process of picovm that acts on files of all users: it stays the caller's user then. None
+    /// without root, and none for programs.
+    #[serde(skip)]
+    pub capabilities: Vec<Capability>,
+}
+
+/// A capability (capabilities(7)) about owners and modes of files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Capability {
+    /// Give files to other users.
+    Chown,
+    /// Read and write files whatever their mode is.
+    DacOverride,
+    /// Change modes and times of other users' files.
+    Fowner,
+    /// Keep set-id bits that an owner's change would clear.
+    Fsetid,
+    /// Act as another group.
+    Setgid,
+    /// Act as another user.
+    Setuid,
+    /// Give files capabilities.
+    Setfcap,
 }
 
 /// A range of ids: every jail has one to itself for as long as it lives, user and group alike, on the whole host.
@@ -298,6 +321,9 @@ impl Policy {
             return wrong("root lists files, which needs namespaces.mount".into());
         }
         let mut seen: Vec<&Path> = Vec::new();
+        if !self.capabilities.is_empty() && self.namespaces.user {
+            return wrong("capabilities mean nothing in a user namespace".into());
+        }
         for entry in &self.root {
             let path = &entry.path;
             if !is_plain(path) || !entry.source.as_deref().is_none_or(Path::is_absolute) {

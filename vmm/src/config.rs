@@ -41,7 +41,7 @@ pub struct MachineConfig {
     pub memory_mib: u64,
     /// vCPUs, 1 to 8.
     pub vcpus: u8,
-    /// Disks in order: the guest sees `/dev/vda`, `/dev/vdb`, ... At most 17.
+    /// Disks in order: the guest sees `/dev/vda`, `/dev/vdb`, ... At most 16.
     pub disks: Vec<Disk>,
     /// Where console output is logged, 1 MiB at most. The last of it is kept in memory in any case:
     /// [`crate::Machine::console_tail`].
@@ -64,8 +64,8 @@ pub enum ConfigError {
     Disks(usize),
 }
 
-/// Slots of a machine that are not disks: control connection and entropy.
-pub const FIXED_SLOTS: usize = 2;
+/// Slots of a machine that are not disks: control connection, entropy, shared directories.
+pub const FIXED_SLOTS: usize = 3;
 /// Most disks.
 pub const DISKS_MAX: usize = layout::VIRTIO_DEVICES_MAX - FIXED_SLOTS;
 
@@ -152,8 +152,8 @@ mod tests {
         config.disks = vec![Disk::read_only("disk"); 3];
         config.extra_cmdline = "loglevel=7".into();
         let line = config.cmdline();
-        assert_eq!(line.matches("virtio_mmio.device=4K@0xd000").count(), 5);
-        assert!(line.contains("virtio_mmio.device=4K@0xd0005000:9"));
+        assert_eq!(line.matches("virtio_mmio.device=4K@0xd000").count(), 6);
+        assert!(line.contains("virtio_mmio.device=4K@0xd0006000:10"));
         assert!(line.ends_with(" loglevel=7"));
     }
 }

@@ -17,7 +17,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -41,6 +41,7 @@ use crate::devices::trap::{Trap, TrapState};
 use crate::devices::virtio::DeviceError;
 use crate::devices::virtio::block::{BackendError, FileBackend};
 use crate::devices::virtio::console;
+use crate::devices::virtio::fs::ShareBackend;
 use crate::devices::virtio::slot::{Slot, SlotBackend, SlotState};
 use crate::memory::{self, MemoryError};
 use crate::threads::{DeviceThread, ExitCounters, ExitCounts, OnThread, Stop, VcpuContext, VcpuThread};
@@ -147,6 +148,8 @@ pub struct Backends {
     pub disks: Vec<PathBuf>,
     /// By slot, what is open already: see [`SlotState::open_shared`].
     pub shared: Vec<Option<FileBackend>>,
+    /// The connection with the share server, if there is one: a socket of packets.
+    pub share: Option<OwnedFd>,
     /// Where console output goes.
     pub console_log: Option<File>,
     /// Called first thing in each of its threads.
@@ -280,7 +283,11 @@ impl Machine {
         let vm = Arc::new(vm::create(&kvm, &memory)?);
 
         let (backend, connection) = console::connection().map_err(host("create the control connection"))?;
-        let mut backends = vec![SlotBackend::Console(backend), SlotBackend::Entropy];
+        let mut backends = vec![
+            SlotBackend::Console(backend),
+            SlotBackend::Entropy,
+            SlotBackend::Fs(ShareBackend::default()),
+        ];
         for (backend, disk) in files.disks.into_iter().zip(&config.disks) {
             backends.push(SlotBackend::Block(backend, disk.path.clone()));
         }
@@ -363,12 +370,18 @@ impl Machine {
 
         let (backend, connection) = console::connection().map_err(host("create the control connection"))?;
         let mut backend = Some(backend);
+        let mut share = own
+            .share
+            .map(ShareBackend::new)
+            .transpose()
+            .map_err(host("use the connection with a share server"))?;
         let mut disks = own.disks.into_iter();
         let mut slots = Vec::with_capacity(state.slots.len());
         for (index, saved) in state.slots.iter().enumerate() {
             let backend = saved
                 .open_backend(
                     &mut backend,
+                    &mut share,
                     &mut disks,
                     own.shared.get(index).and_then(Option::as_ref),
                 )?

@@ -206,7 +206,11 @@ pub struct FileOptions {
     /// A file system in memory, as /run:size=64m,mode=1777
     #[arg(long, value_name = "DIR[:OPTIONS]")]
     pub tmpfs: Vec<OsString>,
-    /// type=tmpfs,destination=DIR[,tmpfs-size=SIZE][,tmpfs-mode=MODE]
+    /// Share a directory or file of this machine, or a volume by its name; without a source, a new volume
+    #[arg(short = 'v', long, value_name = "[SOURCE:]DIR[:ro]")]
+    pub volume: Vec<OsString>,
+    /// The same in full: type=bind|volume|tmpfs,source=SOURCE,destination=DIR[,readonly][,volume-nocopy][,tmpfs-size=SIZE]
+    /// [,tmpfs-mode=MODE]
     #[arg(long, value_name = "OPTIONS")]
     pub mount: Vec<String>,
     /// Let the root file system refuse to be written to
@@ -315,9 +319,6 @@ pub struct MachineOptions {
 #[derive(Args)]
 #[command(next_help_heading = "Not there yet")]
 pub struct AbsentOptions {
-    /// Refused: there are no shared directories yet
-    #[arg(short = 'v', long, value_name = "SOURCE:DIR")]
-    pub volume: Vec<String>,
     /// Refused: there is no network yet
     #[arg(short, long, value_name = "PORTS")]
     pub publish: Vec<String>,
@@ -364,6 +365,7 @@ pub struct AbsentOptions {
     after_help = "Examples:
   picovm run --rm debian echo hello
   picovm run -it --rm debian bash
+  picovm run --rm -v \"$PWD\":/src:ro -v cache:/var/cache debian ls /src
   picovm run -d --name web -m 512m --restart on-failure:3 app:1
   echo hello | picovm run -i --rm debian tr a-z A-Z
 
@@ -500,7 +502,7 @@ pub struct RemoveOptions {
     /// Kill those that run, and do not mind those that are not there
     #[arg(short, long)]
     pub force: bool,
-    /// Accepted: there are no volumes
+    /// Remove the volumes without a name that were made for them too
     #[arg(short, long)]
     pub volumes: bool,
 }

@@ -21,7 +21,7 @@ use super::arguments::{
     AbsentOptions, BehaviourOptions, CreateOptions, FileOptions, HealthOptions, LogDriver, MachineOptions,
     ProcessOptions, Pull, StreamName,
 };
-use super::values;
+use super::{mounts, values};
 use crate::arguments::SeccompMode;
 use crate::pull_arguments::parse_bytes;
 use crate::transfer;
@@ -56,14 +56,14 @@ pub fn new_container(
     }
     let image = find_image(store, options)?;
     let defaults = image.config()?;
-    tell_of_it(&defaults.config.volumes, options);
+    tell_of_it(options);
     let config = config(&image, defaults, options)?;
     let record = containers.create(config, options.name.as_deref())?;
     if let Some(path) = &options.behaviour.cidfile {
         let written = fs::File::create_new(path).and_then(|mut file| file.write_all(record.id().as_bytes()));
         if let Err(error) = written {
             // Nobody would know of it.
-            let _ = containers.remove(&record);
+            let _ = containers.remove_with_volumes(&record);
             return Err(error)
                 .with_context(|| format!("cannot write the container's id to {}", path.display()));
         }
@@ -112,19 +112,11 @@ fn find_image(store: &Store, options: &CreateOptions) -> anyhow::Result<Image> {
     Ok(store.image(&options.image)?)
 }
 
-/// What of an image and a command line is worth a word on standard error.
-fn tell_of_it(volumes: &[String], options: &CreateOptions) {
+/// What of a command line is worth a word on standard error.
+fn tell_of_it(options: &CreateOptions) {
     if options.process.privileged {
         eprintln!(
             "picovm: note: --privileged: the container has all rights in its own kernel, and none on this machine, as without it"
-        );
-    }
-    if !volumes.is_empty() {
-        eprintln!(
-            "picovm: note: the image {} wants volumes at {}. There are none yet: what is written there is the container's, and goes \
-             with it",
-            options.image,
-            volumes.join(", ")
         );
     }
 }
@@ -158,6 +150,11 @@ fn config(image: &Image, whole: ImageConfig, options: &CreateOptions) -> anyhow:
     }
     let (terminal, stdin) = (options.tty, wants_stdin(options));
     let cpus = options.limits.cpus;
+    let mounts = mounts::mounts(
+        &options.files,
+        options.absent.shm_size.as_deref(),
+        &defaults.volumes,
+    )?;
     Ok(ContainerConfig {
         id: Containers::new_id()?,
         created: Utc::now(),
@@ -193,7 +190,8 @@ fn config(image: &Image, whole: ImageConfig, options: &CreateOptions) -> anyhow:
             .filter(|limit| *limit > 0),
         cpu_limit: cpus.and_then(|cpus| cpus.limit),
         read_only: options.files.read_only,
-        tmpfs: tmpfs(&options.files, options.absent.shm_size.as_deref())?,
+        tmpfs: mounts.tmpfs,
+        mounts: mounts.shared,
         hosts: hosts(&options.files)?,
         labels: labels(&defaults, behaviour)?,
         stop_signal: match (behaviour.stop_signal, defaults.stop_signal.as_deref()) {
@@ -335,72 +333,8 @@ fn no_new_privileges(options: &[String]) -> anyhow::Result<bool> {
     Ok(no_new)
 }
 
-/// File systems in memory: `--tmpfs DIR[:OPTIONS]`, and what of `--mount` is one.
-fn tmpfs(files: &FileOptions, shm_size: Option<&str>) -> anyhow::Result<Vec<(Text, Text)>> {
-    let mut found: Vec<(OsString, OsString)> = Vec::new();
-    if let Some(size) = shm_size {
-        let bytes = parse_bytes(size).map_err(|reason| anyhow::anyhow!("--shm-size {size}: {reason}"))?;
-        found.push(("/dev/shm".into(), format!("size={bytes},mode=1777").into()));
-    }
-    for given in &files.tmpfs {
-        let bytes = given.as_bytes();
-        let end = bytes.iter().position(|byte| *byte == b':').unwrap_or(bytes.len());
-        let (place, options) = bytes.split_at(end);
-        found.push((
-            OsStr::from_bytes(place).to_owned(),
-            OsStr::from_bytes(options.get(1..).unwrap_or_default()).to_owned(),
-        ));
-    }
-    for given in &files.mount {
-        let (place, options) = mount(given).with_context(|| format!("--mount {given}"))?;
-        found.push((place.into(), options.into()));
-    }
-    for (place, _) in &found {
-        if !place.as_bytes().starts_with(b"/") || place.as_bytes() == b"/" {
-            bail!(
-                "a file system in memory cannot be at {:?}: its place is an absolute path, and not /",
-                place.display().to_string()
-            );
-        }
-    }
-    Ok(found
-        .into_iter()
-        .map(|(place, options)| (Text(place), Text(options)))
-        .collect())
-}
-
-/// Place and options of `--mount type=tmpfs,...`.
-fn mount(text: &str) -> anyhow::Result<(String, String)> {
-    let mut kind = "volume";
-    let mut place = None;
-    let mut options = Vec::new();
-    for field in text.split(',') {
-        let (key, value) = field.split_once('=').unwrap_or((field, ""));
-        match key.to_ascii_lowercase().as_str() {
-            "type" => kind = value,
-            "destination" | "dst" | "target" => place = Some(value),
-            "tmpfs-size" => options.push(format!(
-                "size={}",
-                parse_bytes(value).map_err(|reason| anyhow::anyhow!("{value:?}: {reason}"))?
-            )),
-            "tmpfs-mode" => options.push(format!("mode={value}")),
-            "readonly" | "ro" if value != "false" => options.push("ro".into()),
-            "source" | "src" | "consistency" | "readonly" | "ro" | "bind-propagation" => {}
-            _ if key.starts_with("volume-") || key.starts_with("bind-") => {}
-            _ => bail!(
-                "{key:?} is not known: there are type=tmpfs, destination, tmpfs-size, tmpfs-mode, readonly"
-            ),
-        }
-    }
-    if kind != "tmpfs" {
-        bail!("{}", NO_VOLUMES);
-    }
-    let place = place.context("it has no destination")?;
-    Ok((place.to_owned(), options.join(",")))
-}
-
-const NO_VOLUMES: &str = "directories of this machine and volumes cannot be shared with a container yet: copy files with `picovm cp`, \
-                          or use type=tmpfs for what need not last";
+const NO_OTHERS: &str =
+    "the volumes of another container are named one by one: `picovm inspect` shows them, -v shares them";
 const NO_NETWORK: &str = "containers have no network yet, but for loopback of their own";
 
 fn hosts(files: &FileOptions) -> anyhow::Result<Vec<(String, String)>> {
@@ -418,8 +352,7 @@ fn refuse_absent(absent: &AbsentOptions) -> anyhow::Result<()> {
         false => Ok(()),
     };
     let isolated = "a container has its own kernel, so there is nothing of this machine, or of another container, that it could share";
-    listed(!absent.volume.is_empty(), "--volume", NO_VOLUMES)?;
-    listed(!absent.volumes_from.is_empty(), "--volumes-from", NO_VOLUMES)?;
+    listed(!absent.volumes_from.is_empty(), "--volumes-from", NO_OTHERS)?;
     listed(!absent.publish.is_empty(), "--publish", NO_NETWORK)?;
     for (given, option) in [
         (absent.publish_all, "--publish-all"),
@@ -732,10 +665,12 @@ mod tests {
     #[test]
     fn what_is_not_there_is_refused_with_the_reason() {
         for (arguments, reason) in [
-            (&["-v", "/a:/b"][..], "volumes cannot be shared"),
+            (&["-v", "/tmp:/b:bogus"][..], "ro, rw and nocopy"),
+            (&["-v", "/tmp:/"], "absolute path, and not /"),
+            (&["-v", "/tmp:/b", "--tmpfs", "/b"], "more than one mount"),
             (
-                &["--mount", "type=bind,src=/a,dst=/b"],
-                "volumes cannot be shared",
+                &["--mount", "type=bind,src=/no-such-directory,dst=/b"],
+                "cannot be shared",
             ),
             (&["-p", "80:80"], "no network yet"),
             (&["--network", "host"], "no network yet"),

@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use picovm_engine::containers::{ContainerConfig, Containers, Record, RestartPolicy, Status, Text};
+use picovm_engine::containers::{
+    ContainerConfig, Containers, MountKind, MountPoint, Record, RestartPolicy, Status, Text,
+};
 use picovm_engine::{EngineError, Limits, Store};
 use serde_json::{Map, Value, json};
 
@@ -109,9 +111,7 @@ pub fn description(record: &Record) -> Value {
         "AppArmorProfile": "",
         "ExecIDs": null,
         "HostConfig": host_config(config),
-        "Mounts": config.tmpfs.iter().map(|(place, _)| json!({
-            "Type": "tmpfs", "Source": "", "Destination": place.to_string(), "Mode": "", "RW": true, "Propagation": "",
-        })).collect::<Vec<_>>(),
+        "Mounts": mounts(config),
         "Config": run_config(config),
         "NetworkSettings": { "Ports": {}, "IPAddress": "", "MacAddress": "", "Networks": {} },
     })
@@ -167,7 +167,7 @@ fn host_config(config: &ContainerConfig) -> Value {
         .map(|(place, options)| (place.to_string(), options.to_string().into()))
         .collect();
     json!({
-        "Binds": null,
+        "Binds": or_null(config.mounts.iter().map(bind).collect()),
         "LogConfig": { "Type": if config.log.keep { "json-file" } else { "none" }, "Config": log },
         "NetworkMode": "none",
         "PortBindings": {},
@@ -205,6 +205,48 @@ fn host_config(config: &ContainerConfig) -> Value {
             "ConsoleLog": config.console_log,
         },
     })
+}
+
+/// What is mounted, as Docker describes it.
+fn mounts(config: &ContainerConfig) -> Vec<Value> {
+    let shared = config.mounts.iter().map(|mount| {
+        let mut value = json!({
+            "Destination": mount.target.to_string(), "Mode": "", "RW": !mount.read_only, "Propagation": "",
+        });
+        match &mount.kind {
+            MountKind::Bind { source } => {
+                value["Type"] = "bind".into();
+                value["Source"] = source.to_string().into();
+            }
+            MountKind::Volume { name, .. } => {
+                value["Type"] = "volume".into();
+                value["Name"] = name.as_str().into();
+                value["Driver"] = "local".into();
+                let data = Store::open_default().and_then(|store| store.volumes());
+                value["Source"] = data.map_or_else(
+                    |_| "".into(),
+                    |volumes| volumes.data(name).display().to_string().into(),
+                );
+            }
+        }
+        value
+    });
+    let memory = config.tmpfs.iter().map(|(place, _)| {
+        json!({
+            "Type": "tmpfs", "Source": "", "Destination": place.to_string(), "Mode": "", "RW": true, "Propagation": "",
+        })
+    });
+    shared.chain(memory).collect()
+}
+
+/// A mount as `-v` has it.
+fn bind(mount: &MountPoint) -> String {
+    let source = match &mount.kind {
+        MountKind::Bind { source } => source.to_string(),
+        MountKind::Volume { name, .. } => name.clone(),
+    };
+    let mode = if mount.read_only { "ro" } else { "rw" };
+    format!("{source}:{}:{mode}", mount.target)
 }
 
 /// A resource limit; none is -1, as in Docker.

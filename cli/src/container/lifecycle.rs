@@ -121,7 +121,7 @@ pub fn remove(options: &RemoveOptions) -> anyhow::Result<ExitCode> {
     containers.sweep();
     let mut code = ExitCode::SUCCESS;
     for name in &options.containers {
-        match remove_one(&containers, name, options.force) {
+        match remove_one(&containers, name, options.force, options.volumes) {
             Ok(()) => println!("{name}"),
             Err(error) => {
                 // Docker tells of one that is not there, and does not mind it.
@@ -137,18 +137,22 @@ pub fn remove(options: &RemoveOptions) -> anyhow::Result<ExitCode> {
     Ok(code)
 }
 
-fn remove_one(containers: &Containers, name: &str, force: bool) -> anyhow::Result<()> {
+fn remove_one(containers: &Containers, name: &str, force: bool, volumes: bool) -> anyhow::Result<()> {
     let record = containers.find(name)?;
     if force && record.state.status.is_live() {
         kill_one(containers, &record)?;
     }
-    match containers.remove(&record) {
+    let remove = || match volumes {
+        true => containers.remove_with_volumes(&record),
+        false => containers.remove(&record),
+    };
+    match remove() {
         // It was to be removed when it has ended.
         Err(EngineError::NoContainer { .. }) if force => Ok(()),
         // Its monitor is just ending.
         Err(EngineError::StillRunning { .. }) if force || !record.state.status.is_live() => {
             containers.wait_until_gone(&record)?;
-            match containers.remove(&record) {
+            match remove() {
                 Err(EngineError::NoContainer { .. }) => Ok(()),
                 removed => Ok(removed?),
             }

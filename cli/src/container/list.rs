@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use chrono::{DateTime, Utc};
 use picovm_engine::Store;
-use picovm_engine::containers::{Record, State, Status};
+use picovm_engine::containers::{MountKind, MountPoint, Record, State, Status};
 use serde_json::{Value, json};
 
 use super::arguments::PsOptions;
@@ -213,8 +213,8 @@ fn fields(record: &Record, whole: bool, now: DateTime<Utc>) -> Value {
         "Ports": "",
         "Names": record.name,
         "Labels": labels.join(","),
-        "LocalVolumes": "0",
-        "Mounts": "",
+        "LocalVolumes": volumes(&config.mounts).to_string(),
+        "Mounts": config.mounts.iter().map(source).collect::<Vec<_>>().join(","),
         "Networks": "none",
         "Platform": "linux/amd64",
         "Size": output::docker_size(super::layer_size(record)),
@@ -249,6 +249,20 @@ fn command(line: &str, whole: bool) -> String {
         })
         .collect();
     format!("\"{inside}\"")
+}
+
+/// How many of the mounts are volumes.
+fn volumes(mounts: &[MountPoint]) -> usize {
+    let is_volume = |mount: &&MountPoint| matches!(mount.kind, MountKind::Volume { .. });
+    mounts.iter().filter(is_volume).count()
+}
+
+/// What is mounted: a path, or a volume's name.
+fn source(mount: &MountPoint) -> String {
+    match &mount.kind {
+        MountKind::Bind { source } => source.to_string(),
+        MountKind::Volume { name, .. } => name.clone(),
+    }
 }
 
 /// What a container does, as Docker tells it.

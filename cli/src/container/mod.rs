@@ -12,6 +12,7 @@ mod inspect;
 mod lifecycle;
 mod list;
 mod logs;
+mod mounts;
 mod run;
 mod terminal;
 mod usage;

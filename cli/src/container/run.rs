@@ -53,7 +53,7 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         Ok(client) => client,
         Err(error) => {
             // It was never started, and who asked for it does not even know its name.
-            let _ = containers.remove(&record);
+            let _ = containers.remove_with_volumes(&record);
             if let Some(path) = &options.create.behaviour.cidfile {
                 let _ = std::fs::remove_file(path);
             }

@@ -36,15 +36,17 @@ pub use idle::Idle;
 pub use log::{LogEntry, LogQuery};
 pub use protocol::Ending;
 pub use record::{
-    ContainerConfig, Health, HealthResult, LogOptions, Record, RestartPolicy, State, Status, Text,
-    machine_memory,
+    ContainerConfig, Health, HealthResult, LogOptions, MountKind, MountPoint, Record, RestartPolicy, State,
+    Status, Text, machine_memory,
 };
 
 use picovm_vmm::Template;
 
 use crate::container::random_id;
 use crate::error::EngineError;
+use crate::share::Shared;
 use crate::store::{self, Lock, Store};
+use crate::volumes::Volumes;
 
 /// Begins the name of the directory of a container that is being created or removed.
 const UNFINISHED: &str = ".unfinished-";
@@ -100,6 +102,10 @@ impl Containers {
         if let Some(name) = name {
             names::check(name)?;
         }
+        let _volumes = match config.mounts.is_empty() {
+            true => None,
+            false => Some(self.volumes()?.reserve(&config.mounts)?),
+        };
         let root = self.store.containers_directory();
         let unfinished = root.join(format!("{UNFINISHED}{}", config.id));
         let directory = root.join(&config.id);
@@ -153,6 +159,32 @@ impl Containers {
                 return Ok(name);
             }
         }
+    }
+
+    /// The volumes of the same store.
+    ///
+    /// # Errors
+    /// [`EngineError::Store`].
+    pub fn volumes(&self) -> Result<Volumes, EngineError> {
+        self.store.volumes()
+    }
+
+    /// What a container shares with this machine.
+    fn shared(&self, record: &Record) -> Result<Vec<Shared>, EngineError> {
+        let mut shared = Vec::new();
+        for mount in &record.config.mounts {
+            let source = match &mount.kind {
+                MountKind::Bind { source } => PathBuf::from(&source.0),
+                MountKind::Volume { name, .. } => self.volumes()?.data(name),
+            };
+            shared.push(Shared {
+                source,
+                target: mount.target.0.clone(),
+                read_only: mount.read_only,
+                fill: matches!(mount.kind, MountKind::Volume { .. }) && !mount.no_copy,
+            });
+        }
+        Ok(shared)
     }
 
     /// Ids of all containers.
@@ -462,13 +494,13 @@ impl Containers {
     }
 }
 
-fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), EngineError> {
+pub(crate) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), EngineError> {
     let bytes = serde_json::to_vec_pretty(value)
         .map_err(|error| EngineError::store("write", path)(std::io::Error::other(error)))?;
     store::replace(path, &bytes)
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &PathBuf) -> Result<T, EngineError> {
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &PathBuf) -> Result<T, EngineError> {
     let bytes = fs::read(path).map_err(EngineError::store("read", path))?;
     serde_json::from_slice(&bytes).map_err(|error| EngineError::ContainerRecord {
         path: path.clone(),

@@ -100,6 +100,37 @@ impl Default for LogOptions {
     }
 }
 
+/// What is mounted in a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountKind {
+    /// A directory or file of this machine.
+    Bind {
+        /// Its absolute path.
+        source: Text,
+    },
+    /// A volume.
+    Volume {
+        /// Its name.
+        name: String,
+        /// Whether it was made for this container.
+        anonymous: bool,
+    },
+}
+
+/// A place in a container at which something of this machine is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountPoint {
+    /// What it is.
+    pub kind: MountKind,
+    /// Where: an absolute path.
+    pub target: Text,
+    /// Whether the container can only read it.
+    pub read_only: bool,
+    /// Whether an empty volume stays empty, and does not get what the image has there.
+    pub no_copy: bool,
+}
+
 /// The configuration of a container, made when it is created.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ContainerConfig {
@@ -151,6 +182,9 @@ pub struct ContainerConfig {
     pub read_only: bool,
     /// File systems in memory, with their options.
     pub tmpfs: Vec<(Text, Text)>,
+    /// Directories and files of this machine, and volumes.
+    #[serde(default)]
+    pub mounts: Vec<MountPoint>,
     /// Addresses and names for `/etc/hosts`.
     pub hosts: Vec<(String, String)>,
     /// Labels.
@@ -208,6 +242,7 @@ impl ContainerConfig {
                 .iter()
                 .map(|(place, options)| (place.0.clone(), options.0.clone()))
                 .collect(),
+            shared: Vec::new(),
             hosts: self.hosts.clone(),
             layer: None,
             stay: !self.auto_remove,

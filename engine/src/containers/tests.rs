@@ -31,6 +31,7 @@ pub(super) fn config() -> ContainerConfig {
         cpu_limit: None,
         read_only: false,
         tmpfs: Vec::new(),
+        mounts: Vec::new(),
         hosts: Vec::new(),
         labels: BTreeMap::from([("team".to_owned(), "blue".to_owned())]),
         stop_signal: 15,

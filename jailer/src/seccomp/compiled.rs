@@ -1,4 +1,4 @@
-//! The filters that are enforced, compiled ahead: `compiled.bin` holds, for clones and then for templates, the outer one and those
+//! The filters that are enforced, compiled ahead: `compiled.bin` holds, for clones, for templates and for share servers, the outer one and those
 //! of the kinds, each as the number of its instructions (32 bits, little-endian) and these as `struct sock_filter`.
 //!
 //! A test compares the file with what the lists are compiled to; `PICOVM_WRITE_FILTERS=1 cargo test -p picovm-jailer` writes it.
@@ -11,17 +11,18 @@ const BYTES: &[u8] = include_bytes!("compiled.bin");
 
 /// The outer filter of a work, and those of its kinds in their order.
 pub(super) fn read(work: Work) -> Result<Programs, String> {
-    let [clone, template] = decode(BYTES).ok_or("the file of compiled filters is not one")?;
+    let [clone, template, share] = decode(BYTES).ok_or("the file of compiled filters is not one")?;
     Ok(match work {
         Work::Clone => clone,
         Work::Template => template,
+        Work::Share => share,
     })
 }
 
 type Programs = (BpfProgram, [BpfProgram; 3]);
 
 /// By work.
-fn decode(bytes: &[u8]) -> Option<[Programs; 2]> {
+fn decode(bytes: &[u8]) -> Option<[Programs; 3]> {
     let mut rest = bytes;
     let mut next = || -> Option<BpfProgram> {
         let (length, behind) = rest.split_first_chunk::<4>()?;
@@ -33,7 +34,7 @@ fn decode(bytes: &[u8]) -> Option<[Programs; 2]> {
         Some(program.as_chunks::<8>().0.iter().map(instruction).collect())
     };
     let mut of_one = || Some((next()?, [next()?, next()?, next()?]));
-    let all = [of_one()?, of_one()?];
+    let all = [of_one()?, of_one()?, of_one()?];
     rest.is_empty().then_some(all)
 }
 

@@ -40,10 +40,12 @@ pub enum Work {
     Clone,
     /// Making a template: booting or running a machine to its freeze point, and saving it.
     Template,
+    /// Serving directories to a guest. Its threads are all [`ThreadKind::Control`].
+    Share,
 }
 
 #[cfg(test)]
-const WORKS: [Work; 2] = [Work::Clone, Work::Template];
+const WORKS: [Work; 3] = [Work::Clone, Work::Template, Work::Share];
 
 /// What threads of every kind need.
 const COMMON: &str = include_str!("common.json");
@@ -51,6 +53,8 @@ const COMMON: &str = include_str!("common.json");
 const SETUP: &str = include_str!("setup.json");
 /// The same of who makes a template, whose process is confined before and has nothing to open.
 const MAKER_SETUP: &str = include_str!("maker-setup.json");
+/// The same of a share server.
+const SHARE_SETUP: &str = include_str!("share-setup.json");
 /// What a program may do that `picovm-jailer` starts.
 const PROGRAM: &str = include_str!("program.json");
 
@@ -75,6 +79,9 @@ impl ThreadKind {
 
     /// Its lists, by their names: what together it may do.
     fn lists(self, work: Work) -> Vec<List> {
+        if work == Work::Share {
+            return vec![("common", COMMON), ("share", include_str!("share.json"))];
+        }
         let mut lists = vec![("common", COMMON), (self.name(), self.list())];
         if work == Work::Template {
             match self {
@@ -92,6 +99,7 @@ impl Work {
         match self {
             Self::Clone => ("setup", SETUP),
             Self::Template => ("maker-setup", MAKER_SETUP),
+            Self::Share => ("share-setup", SHARE_SETUP),
         }
     }
 
@@ -100,6 +108,7 @@ impl Work {
         match (self, kind) {
             (Self::Template, ThreadKind::Vcpu) => "maker-vcpu",
             (Self::Template, ThreadKind::Control) => "maker-control",
+            (Self::Share, _) => "share",
             (_, kind) => kind.name(),
         }
     }

@@ -24,6 +24,7 @@ use rustix::mount::{MountFlags, mount, mount_remount};
 
 use crate::cgroup::Cgroup;
 use crate::layer::{self, Layers};
+use crate::shares;
 use crate::start::failure;
 
 /// What a container gets of the machine, made before the freeze. A test has none of it.
@@ -50,6 +51,9 @@ pub fn arrange(
     };
     for (target, options) in &spec.tmpfs {
         mount_tmpfs(target, options)?;
+    }
+    if !spec.mounts.is_empty() {
+        shares::mount_all(&spec.mounts)?;
     }
     if !spec.hosts.is_empty() {
         add_hosts(&spec.hosts)?;

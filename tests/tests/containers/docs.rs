@@ -1,4 +1,4 @@
-//! Each command of docs/containers.md, in its order.
+//! Each command of docs/containers.md and docs/volumes.md, in its order.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -32,10 +32,20 @@ fn examples(page: &str) -> Vec<Example> {
 
 #[test]
 fn every_command_of_the_page_about_containers_works() {
-    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/containers.md");
+    assert!(run_page("containers.md") > 40);
+}
+
+#[test]
+fn every_command_of_the_page_about_volumes_works() {
+    assert!(run_page("volumes.md") > 12);
+}
+
+/// Runs the commands of a page, and tells how many they are.
+fn run_page(name: &str) -> usize {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
     let page = std::fs::read_to_string(page).expect("the page");
     let examples = examples(&page);
-    assert!(examples.len() > 40);
+    let count = examples.len();
     let here = tempfile::tempdir().expect("a directory");
     let path = std::env::var_os("PATH").expect("PATH");
     let mut path: Vec<PathBuf> = std::env::split_paths(&path).collect();
@@ -51,6 +61,7 @@ fn every_command_of_the_page_about_containers_works() {
         // Other tests make containers in the same store, and prune would remove those that do not run.
         let typed = match command.as_str() {
             "picovm container prune -f" => "picovm rm never",
+            "picovm volume prune -f" => "true",
             other => other,
         };
         let output = Command::new("bash")
@@ -69,4 +80,5 @@ fn every_command_of_the_page_about_containers_works() {
             assert_eq!(stdout(&output), *line, "{command}");
         }
     }
+    count
 }

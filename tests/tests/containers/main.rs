@@ -11,6 +11,7 @@ mod look;
 mod pool;
 mod refused;
 mod terminal;
+mod volumes;
 
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;

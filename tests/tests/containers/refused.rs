@@ -6,7 +6,7 @@ use crate::{output, refused, stdout, told};
 fn options_that_make_no_sense_here_are_refused_with_a_reason() {
     for (options, says) in [
         (&["--device", "/dev/sda"][..], "device"),
-        (&["-v", "/tmp:/data"], "shared"),
+        (&["-v", "/tmp:/data:bogus"], "nocopy"),
         (&["-p", "80:80"], "network"),
         (&["--network", "host"], "network"),
         (&["--ulimit", "nonsense=1"], "nonsense"),

@@ -80,7 +80,13 @@ impl Expected<'_> {
 
     /// The devices, and the disks' files above all: whoever opens the template opens those that its state names.
     fn check_slots(&self, slots: &[SlotState]) -> Result<(), String> {
-        let [SlotState::Console { .. }, SlotState::Entropy { .. }, written @ ..] = slots else {
+        let [
+            SlotState::Console { .. },
+            SlotState::Entropy { .. },
+            SlotState::Fs { .. },
+            written @ ..,
+        ] = slots
+        else {
             return Err("it has other devices".into());
         };
         if written.len() != self.disks.len() {
@@ -189,6 +195,10 @@ mod tests {
             },
             SlotState::Entropy {
                 transport: Default::default(),
+            },
+            SlotState::Fs {
+                transport: Default::default(),
+                device: Default::default(),
             },
         ];
         state.slots.extend(disks);

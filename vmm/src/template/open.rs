@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,6 +33,9 @@ pub struct ForkOptions {
     pub identity: Vec<u8>,
     /// Files for the disks in order, instead of those that the template was made with. Each must have as many sectors.
     pub disks: Vec<PathBuf>,
+    /// The clone's end of a connection with a share server (a pair of `SOCK_SEQPACKET` sockets), which carries out the requests of its
+    /// file system device. Without one they are answered with an error.
+    pub share: Option<OwnedFd>,
     /// Where the clone's console output goes.
     pub console_log: Option<File>,
     /// Whether its memory is a copy of the template's from the start, of which it shares no page with other clones: what one of
@@ -255,6 +258,7 @@ impl Template {
         let own = Backends {
             disks: options.disks,
             shared: self.shared.clone(),
+            share: options.share,
             console_log: options.console_log,
             on_thread: options.on_thread,
             memory_file: (!isolated).then(|| self.memory.clone()),

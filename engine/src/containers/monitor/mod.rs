@@ -303,7 +303,10 @@ impl<'m> Monitor<'m> {
             self.turn(give_up);
         }
         if self.record.config.auto_remove
-            && let Err(error) = self.containers.remove_locked(&self.record)
+            && let Err(error) = self
+                .containers
+                .remove_locked(&self.record)
+                .and_then(|()| self.containers.volumes()?.remove_anonymous_of(&self.record))
         {
             tracing::warn!("{error}");
         }
@@ -371,6 +374,7 @@ impl<'m> Monitor<'m> {
         let config = &self.record.config;
         let mut options = config.options(self.terminal);
         options.layer = open_layer(&self.record)?;
+        options.shared = self.containers.shared(&self.record)?;
         options.announce = self.announce;
         options.console_log = match &self.console_log {
             Some(log) => Some(

@@ -3,6 +3,7 @@
 pub mod block;
 pub mod console;
 pub mod entropy;
+pub mod fs;
 pub mod queue;
 pub mod slot;
 pub mod transport;

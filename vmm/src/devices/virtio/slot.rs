@@ -9,6 +9,7 @@ use vm_memory::GuestMemoryMmap;
 use super::block::{BackendError, Block, BlockState, FileBackend};
 use super::console::{Console, ConsoleState, StreamBackend};
 use super::entropy::Entropy;
+use super::fs::{Fs, FsState, ShareBackend};
 use super::transport::{Transport, TransportState};
 use super::{Device, DeviceError};
 use crate::devices::interrupt::InterruptLine;
@@ -37,6 +38,13 @@ pub enum SlotState {
         /// Registers and queues.
         transport: TransportState,
     },
+    /// Shared directories.
+    Fs {
+        /// Registers and queues.
+        transport: TransportState,
+        /// The device.
+        device: FsState,
+    },
 }
 
 /// A device in its slot, shared by the vCPU threads and the device thread.
@@ -48,6 +56,8 @@ pub enum Slot {
     Block(Arc<Mutex<Transport<Block>>>, PathBuf),
     /// Entropy.
     Entropy(Arc<Mutex<Transport<Entropy>>>),
+    /// Shared directories.
+    Fs(Arc<Mutex<Transport<Fs>>>),
 }
 
 /// What a slot is made with.
@@ -58,6 +68,8 @@ pub enum SlotBackend {
     Block(FileBackend, PathBuf),
     /// Entropy.
     Entropy,
+    /// Shared directories.
+    Fs(ShareBackend),
 }
 
 fn lock<D>(device: &Mutex<Transport<D>>) -> MutexGuard<'_, Transport<D>> {
@@ -81,6 +93,10 @@ macro_rules! on_transport {
                 $action
             }
             Slot::Entropy(device) => {
+                let mut $transport = lock(device);
+                $action
+            }
+            Slot::Fs(device) => {
                 let mut $transport = lock(device);
                 $action
             }
@@ -108,6 +124,7 @@ impl Slot {
                 path,
             ),
             SlotBackend::Entropy => Self::Entropy(shared(Transport::new(Entropy, memory, line)?)),
+            SlotBackend::Fs(backend) => Self::Fs(shared(Transport::new(Fs::new(backend), memory, line)?)),
         })
     }
 
@@ -142,6 +159,10 @@ impl Slot {
             (SlotBackend::Entropy, SlotState::Entropy { transport }) => {
                 Self::Entropy(shared(Transport::from_state(Entropy, memory, line, transport)?))
             }
+            (SlotBackend::Fs(backend), SlotState::Fs { transport, device }) => {
+                let device = Fs::from_state(backend, device);
+                Self::Fs(shared(Transport::from_state(device, memory, line, transport)?))
+            }
             _ => return Err(DeviceError::State("virtio")),
         })
     }
@@ -168,6 +189,13 @@ impl Slot {
             Self::Entropy(device) => SlotState::Entropy {
                 transport: lock(device).state(),
             },
+            Self::Fs(device) => {
+                let device = lock(device);
+                SlotState::Fs {
+                    transport: device.state(),
+                    device: device.device().state(),
+                }
+            }
         }
     }
 
@@ -206,7 +234,11 @@ impl Slot {
     /// Whether bytes from the guest wait for the slot's backend.
     #[must_use]
     pub fn output_waits(&self) -> bool {
-        matches!(self, Self::Console(device) if lock(device).device().waits_to_send())
+        match self {
+            Self::Console(device) => lock(device).device().waits_to_send(),
+            Self::Fs(device) => lock(device).device().waits_to_send(),
+            Self::Block(..) | Self::Entropy(_) => false,
+        }
     }
 
     /// The descriptor on which the slot's backend reports events, if it has one.
@@ -214,6 +246,7 @@ impl Slot {
     pub fn descriptor(&self) -> Option<std::os::fd::RawFd> {
         match self {
             Self::Console(device) => lock(device).device().backend().descriptor(),
+            Self::Fs(device) => lock(device).device().backend().descriptor(),
             Self::Block(..) | Self::Entropy(_) => None,
         }
     }
@@ -237,14 +270,15 @@ impl SlotState {
         }
     }
 
-    /// The backend that a clone needs in this slot. `console` is taken by the slot of the control connection,
-    /// `disks` by disks in order, instead of the files that they lay on; `shared` is what [`SlotState::open_shared`] opened.
+    /// The backend that a clone needs in this slot. `console` is taken by the slot of the control connection, `share` by that of
+    /// shared directories, which does without if there is none; `disks` by disks in order, instead of the files that they lay on; `shared` is what [`SlotState::open_shared`] opened.
     ///
     /// # Errors
     /// [`BackendError`] for a disk.
     pub fn open_backend(
         &self,
         console: &mut Option<StreamBackend>,
+        share: &mut Option<ShareBackend>,
         disks: &mut dyn Iterator<Item = PathBuf>,
         shared: Option<&FileBackend>,
     ) -> Result<Option<SlotBackend>, BackendError> {
@@ -259,6 +293,7 @@ impl SlotState {
                 Some(SlotBackend::Block(backend, other.unwrap_or_else(|| path.clone())))
             }
             Self::Entropy { .. } => Some(SlotBackend::Entropy),
+            Self::Fs { .. } => Some(SlotBackend::Fs(share.take().unwrap_or_default())),
         })
     }
 }

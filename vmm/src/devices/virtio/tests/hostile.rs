@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::driver::{BUFFERS, Driver, MEMORY, Memory, line, set, set_up};
 use crate::devices::virtio::block::FileBackend;
+use crate::devices::virtio::fs::ShareBackend;
 use crate::devices::virtio::slot::{Slot, SlotBackend};
 use crate::devices::virtio::{console, queue};
 
@@ -130,6 +131,21 @@ impl Rig {
         }
     }
 
+    /// Its server takes and says what the host's steps do; a restored one has none.
+    fn fs() -> Self {
+        let memory = Memory::new();
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let backend = ShareBackend::new(ours.into()).unwrap();
+        let slot = Slot::new(SlotBackend::Fs(backend), 2, memory.guest.clone(), line()).unwrap();
+        Self {
+            memory,
+            slot,
+            host: Some(std::os::fd::OwnedFd::from(theirs).into()),
+            disk: None,
+        }
+    }
+
     fn block(read_only: bool) -> Self {
         let memory = Memory::new();
         let disk = tempfile::NamedTempFile::new().unwrap();
@@ -146,10 +162,10 @@ impl Rig {
     }
 
     fn queues(&self) -> u16 {
-        if matches!(self.slot, Slot::Console(_)) {
-            4
-        } else {
-            1
+        match self.slot {
+            Slot::Console(_) => 4,
+            Slot::Fs(_) => 2,
+            Slot::Block(..) | Slot::Entropy(_) => 1,
         }
     }
 
@@ -158,7 +174,7 @@ impl Rig {
         let (backend, host) = console::connection().unwrap();
         host.set_nonblocking(true).unwrap();
         let backend = state
-            .open_backend(&mut Some(backend), &mut std::iter::empty(), None)
+            .open_backend(&mut Some(backend), &mut None, &mut std::iter::empty(), None)
             .unwrap()
             .unwrap();
         self.slot = Slot::from_state(backend, 0, self.memory.guest.clone(), line(), &state)
@@ -279,6 +295,11 @@ proptest! {
     #[test]
     fn an_entropy_device_survives(steps in prop::collection::vec(step(), 1..80)) {
         Rig::entropy().run(&steps)?;
+    }
+
+    #[test]
+    fn a_file_system_device_survives(steps in prop::collection::vec(step(), 1..80)) {
+        Rig::fs().run(&steps)?;
     }
 
     #[test]
