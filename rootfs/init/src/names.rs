@@ -1,7 +1,8 @@
 //! The files that tell a container its own name and those of others: `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf`. As
 //! with Docker they are the machine's, whatever the image has in their place, and no part of the writable layer.
 //!
-//! They are made before the freeze and stay open, so that a clone has only its name to write.
+//! They are made before the freeze, so that a clone has only its name to write. None stays open: a root file system that somebody
+//! writes to cannot be made read-only.
 
 // What a guest or a file says must not end this process.
 #![cfg_attr(
@@ -18,7 +19,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use picovm_guest_protocol::StartFailure;
 
@@ -32,8 +33,8 @@ const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loop
 
 /// The files into which a clone writes its name.
 pub struct NameFiles {
-    hostname: Option<File>,
-    hosts: Option<File>,
+    hostname: Option<PathBuf>,
+    hosts: Option<PathBuf>,
 }
 
 impl NameFiles {
@@ -52,7 +53,7 @@ impl NameFiles {
             if let Err(error) = &made {
                 console::report(&format!("write {}: {error}", path.display()));
             }
-            made.ok()
+            made.ok().map(|_| path)
         };
         // Nobody answers for names without a network; a resolver that finds this file empty says so at once.
         make("resolv.conf", "");
@@ -65,8 +66,8 @@ impl NameFiles {
     /// Writes a name once before the freeze and takes it back, so that all that does it is warm.
     pub fn rehearse(&self) -> Result<(), StartFailure> {
         self.write(PLACEHOLDER_HOSTNAME)?;
-        let shorten = |file: &Option<File>, length: usize| match file {
-            Some(file) => file.set_len(length as u64),
+        let shorten = |path: &Option<PathBuf>, length: usize| match path {
+            Some(path) => open(path)?.set_len(length as u64),
             None => Ok(()),
         };
         shorten(&self.hostname, 0)
@@ -76,16 +77,22 @@ impl NameFiles {
 
     /// Writes a clone's own name.
     pub fn write(&self, hostname: &str) -> Result<(), StartFailure> {
-        if let Some(file) = &self.hostname {
-            file.write_all_at(format!("{hostname}\n").as_bytes(), 0)
+        if let Some(path) = &self.hostname {
+            open(path)
+                .and_then(|file| file.write_all_at(format!("{hostname}\n").as_bytes(), 0))
                 .map_err(|error| because("/etc/hostname", &error))?;
         }
-        if let Some(file) = &self.hosts {
-            file.write_all_at(own_line(hostname).as_bytes(), HOSTS.len() as u64)
+        if let Some(path) = &self.hosts {
+            open(path)
+                .and_then(|file| file.write_all_at(own_line(hostname).as_bytes(), HOSTS.len() as u64))
                 .map_err(|error| because("/etc/hosts", &error))?;
         }
         Ok(())
     }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    File::options().write(true).open(path)
 }
 
 fn because(path: &str, error: &io::Error) -> StartFailure {
@@ -132,9 +139,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("hosts");
         std::os::unix::fs::symlink("/nowhere", &path).unwrap();
+        let hostname = directory.path().join("hostname");
+        make_file(&hostname, "").unwrap();
+        make_file(&path, HOSTS).unwrap();
         let names = NameFiles {
-            hostname: Some(make_file(&directory.path().join("hostname"), "").unwrap()),
-            hosts: Some(make_file(&path, HOSTS).unwrap()),
+            hostname: Some(hostname),
+            hosts: Some(path.clone()),
         };
         names.rehearse().unwrap();
         names.write("a").unwrap();
