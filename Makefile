@@ -10,7 +10,7 @@ export PREFIX DESTDIR
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fuzz miri bench setup kernel build image lint fmt doc install uninstall clean
+.PHONY: help demo test programs fuzz miri bench setup kernel build image images lint fmt doc install uninstall clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,6 +21,9 @@ demo: setup build image ## The main job: boot a real Debian once, fork clones th
 
 test: ## Do all set-up, then run every test; the last line is "N passed, N failed"
 	@tests/run-all
+
+programs: setup build ## Run real programs in containers: Python's own tests, Redis, nginx, gcc... (docs/programs.md)
+	@make/programs
 
 fuzz: setup ## Fuzz what reads hostile input, for hours: FUZZ_SECONDS, FUZZ_TARGET, FUZZ_JOBS (fuzz/README.md)
 	@make/fuzz
@@ -43,6 +46,9 @@ build: kernel ## Build every program, and the guest's files beside them
 
 image: build ## Put a minimal Debian into the store, as the image "debian"
 	@make/image
+
+images: build ## Put that and Debians with Python, Redis, nginx and tools into the store
+	@make/image python redis nginx tools
 
 lint: ## Check format, clippy, shell scripts, and the dependencies' licences and sources
 	@make/lint

@@ -27,26 +27,31 @@ pub struct OwnStore {
 }
 
 impl OwnStore {
-    /// Makes it.
+    /// Makes it with the image [`IMAGE`].
     ///
     /// # Errors
-    /// If the common store has no image named [`IMAGE`].
+    /// If the common store has no such image.
     pub fn new() -> anyhow::Result<Self> {
+        Self::with(&[IMAGE])
+    }
+
+    /// Makes it with these images.
+    ///
+    /// # Errors
+    /// If the common store has no image of such a name.
+    pub fn with(images: &[&str]) -> anyhow::Result<Self> {
         let common = Store::open_default()?;
-        let image = common
-            .image(IMAGE)
-            .context("`make image` puts the image into the store")?;
         let directory = tempfile::tempdir()?;
         let store = Store::open(directory.path())?;
-        let file = image.file.file_name().context("the image has no file name")?;
-        std::os::unix::fs::symlink(&image.file, directory.path().join("images/files").join(file))?;
-        fs::copy(
-            common.root().join("images/names").join(format!("{IMAGE}.json")),
-            directory
-                .path()
-                .join("images/names")
-                .join(format!("{IMAGE}.json")),
-        )?;
+        for name in images {
+            let image = common
+                .image(name)
+                .with_context(|| format!("there is no image {name}; `make images` puts it into the store"))?;
+            let file = image.file.file_name().context("the image has no file name")?;
+            std::os::unix::fs::symlink(&image.file, directory.path().join("images/files").join(file))?;
+            let record = Path::new("images/names").join(format!("{name}.json"));
+            fs::copy(common.root().join(&record), directory.path().join(&record))?;
+        }
         Ok(Self { directory, store })
     }
 

@@ -16,6 +16,7 @@ mod fill;
 mod identity;
 mod layer;
 mod mounts;
+mod names;
 mod rehearsal;
 mod shares;
 mod start;
@@ -31,6 +32,7 @@ use cgroup::Cgroup;
 use container::Ground;
 use error::InitError;
 use identity::{IdentityArea, Machine};
+use names::NameFiles;
 use stub::{Setting, Stack};
 use trap::Trap;
 
@@ -72,6 +74,7 @@ fn live(trap: &Trap) -> Result<(), InitError> {
 
     let mut layers = mounts::enter_root_file_system()?;
     mounts::populate_root_file_system()?;
+    let names = NameFiles::make();
     let cgroup = Cgroup::make()?;
     let accounts = Accounts::read();
     let stack = Stack::allocate()?;
@@ -95,9 +98,11 @@ fn live(trap: &Trap) -> Result<(), InitError> {
         stub::enter_group(ground.cgroup.as_ref())?;
         stub::confine()?;
         machine.rehearse()?;
+        names.rehearse()?;
         stub::wait_until_asleep(rustix::process::Pid::INIT)?;
         let identity = area.freeze_until_cloned(trap)?;
         machine.become_clone(&identity)?;
+        names.write(&identity.hostname)?;
         Ok(identity.container)
     })?;
     agent.serve(begun)?;

@@ -111,7 +111,6 @@ pub fn populate_root_file_system() -> Result<(), InitError> {
         make_directory("/tmp", 0o1777)?;
         fs::set_permissions("/tmp", fs::Permissions::from_mode(0o1777)).attempt(|| "chmod /tmp".into())?;
     }
-    make_hosts_file();
     rustix::system::sethostname(PLACEHOLDER_HOSTNAME.as_bytes()).attempt(|| "set the host name".into())?;
 
     let pts = c"newinstance,ptmxmode=0666,mode=0620,gid=5";
@@ -175,16 +174,6 @@ pub fn loopback_up() -> Result<(), InitError> {
     match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()).attempt(attempted),
-    }
-}
-
-/// Programs expect `localhost` to have an address even where nothing else has.
-fn make_hosts_file() {
-    if Path::new("/etc").is_dir() && fs::symlink_metadata("/etc/hosts").is_err() {
-        let hosts = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
-        if let Err(error) = fs::write("/etc/hosts", hosts) {
-            console::report(&format!("write /etc/hosts: {error}"));
-        }
     }
 }
 
