@@ -39,6 +39,8 @@ mod store;
 mod streams;
 mod templates;
 mod vmm_process;
+mod warm;
+mod warming;
 
 pub use attach::{Interruption, Stdio, Wake};
 pub use confinement::Confinement;
@@ -68,3 +70,5 @@ pub use session::{Event, Session};
 pub use store::Store;
 pub use templates::{StoredTemplate, TemplateProgress, TemplateSpec};
 pub use vmm_process::serve as serve_pool;
+pub use warm::WarmSpec;
+pub use warming::Until;

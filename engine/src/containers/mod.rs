@@ -36,7 +36,7 @@ pub use idle::Idle;
 pub use log::{LogEntry, LogQuery};
 pub use protocol::Ending;
 pub use record::{
-    ContainerConfig, Health, HealthResult, LogOptions, Record, RestartPolicy, State, Status, Text,
+    ContainerConfig, Health, HealthResult, LogOptions, Record, RestartPolicy, State, Status, Text, WarmStart,
     machine_memory,
 };
 
