@@ -6,8 +6,8 @@ use clap::{Args, Parser, Subcommand};
 use picovm_engine::POOL_MAX;
 
 use crate::container::arguments::{
-    ContainerCommand, ContainerGroup, EventsOptions, ExecOptions, InspectOptions, PsOptions, RunOptions,
-    StartOptions,
+    ContainerCommand, ContainerGroup, EventsOptions, ExecOptions, InspectOptions, LimitOptions,
+    ProcessOptions, PsOptions, RunOptions, StartOptions,
 };
 use crate::image_arguments::{
     ImageCommand, ListOptions, LoadArguments, PruneOptions, RemoveOptions, SaveOptions, TagOptions,
@@ -137,9 +137,10 @@ pub struct MachineOptions {
 }
 
 /// What happens at a system call that is not allowed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum SeccompMode {
     /// The VMM process is killed
+    #[default]
     Kill,
     /// It is told on standard error and let through: for finding out what is missing
     Log,
@@ -162,6 +163,19 @@ pub enum TemplateCommand {
         /// The image's name
         image: String,
     },
+    /// Start an application once, and freeze it warm: `run --from-template` then goes on with it
+    #[command(
+        disable_help_flag = true,
+        after_help = "Examples:
+  picovm template warm --name app --until-log ready python -- python3 /srv/app.py
+  picovm template warm --until-port 6379 -m 512m redis
+  picovm template warm --until-exec 'curl -sf localhost:8080/health' app:1 -- java -jar /app.jar
+  picovm run --rm -i --from-template app
+
+The id of the template is printed; what the application writes goes to standard error. All clones begin with what the application \
+has drawn of randomness so far: programs in /etc/picovm/on-clone.d of the container are run in each before it goes on."
+    )]
+    Warm(Box<WarmOptions>),
     /// List templates
     Ls {
         /// Print JSON
@@ -170,15 +184,51 @@ pub enum TemplateCommand {
     },
     /// Show a template as JSON, and check all of it
     Inspect {
-        /// Its id, or the beginning of it
+        /// Its name or id, or the beginning of that
         id: String,
     },
     /// Remove templates; containers that run go on
     Rm {
-        /// Their ids, or the beginnings of them
+        /// Their names or ids, or the beginnings of those
         #[arg(required = true)]
         ids: Vec<String>,
     },
+}
+
+/// What is started, and when it is frozen.
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("until").required(true))]
+pub struct WarmOptions {
+    /// Name of the template
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Freeze once a line of what it writes matches this regular expression
+    #[arg(long, value_name = "REGEX", group = "until")]
+    pub until_log: Option<String>,
+    /// Freeze once it listens on this TCP port
+    #[arg(long, value_name = "PORT", group = "until", value_parser = clap::value_parser!(u16).range(1..=65_535))]
+    pub until_port: Option<u16>,
+    /// Freeze once this line for the container's shell ends with 0; it is run again and again
+    #[arg(long, value_name = "COMMAND", group = "until")]
+    pub until_exec: Option<String>,
+    /// How long it may take to that, as 500ms, 60s or 5m
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = crate::container::arguments::parse_time)]
+    pub timeout: std::time::Duration,
+    /// Print help; -h is the host name, as in `run`
+    #[arg(long, action = clap::ArgAction::Help)]
+    pub help: Option<bool>,
+    /// Host name while it starts; each clone has its own
+    #[arg(short = 'h', long, value_name = "NAME", value_parser = parse_hostname)]
+    pub hostname: Option<String>,
+    #[command(flatten)]
+    pub process: ProcessOptions,
+    #[command(flatten)]
+    pub limits: LimitOptions,
+    /// The image's name or id
+    pub image: String,
+    /// The command and its arguments; by default the image's
+    #[arg(last = true)]
+    pub command: Vec<OsString>,
 }
 
 #[derive(Subcommand)]

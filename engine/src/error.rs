@@ -92,6 +92,14 @@ pub enum EngineError {
         /// Its last console output.
         tail: String,
     },
+    /// An application did not get warm.
+    #[error("the application did not get warm: {reason}{}", output(tail))]
+    NotWarm {
+        /// Why.
+        reason: String,
+        /// What it wrote last.
+        tail: String,
+    },
     /// Making a machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -290,6 +298,14 @@ fn how(exit: &ContainerExit) -> String {
                 printable(&failure.message)
             )
         }
+    }
+}
+
+fn output(tail: &str) -> String {
+    if tail.trim_end().is_empty() {
+        ". It has written nothing".into()
+    } else {
+        format!("\nits last output:\n{}", printable_lines(tail))
     }
 }
 

@@ -43,6 +43,8 @@ mod streams;
 mod templates;
 mod vmm_process;
 pub mod volumes;
+mod warm;
+mod warming;
 
 pub use attach::{Interruption, Stdio, Wake};
 pub use confinement::Confinement;
@@ -74,3 +76,5 @@ pub use share::Shared;
 pub use store::Store;
 pub use templates::{StoredTemplate, TemplateProgress, TemplateSpec};
 pub use vmm_process::serve as serve_pool;
+pub use warm::WarmSpec;
+pub use warming::Until;

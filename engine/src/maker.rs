@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use picovm_guest_protocol::ContainerSpec;
 use picovm_vmm::MachineConfig;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,7 @@ use crate::error::EngineError;
 use crate::maker_process::{END_MAX, MAKE_MAX};
 use crate::messages;
 use crate::pool::{find_program, wait_readable};
+use crate::warming::Until;
 
 /// The first argument of `picovm-vmm` for this.
 pub const MAKE_TEMPLATE: &str = "make-template";
@@ -41,11 +43,36 @@ pub(crate) enum Order {
         /// Where the files are, for messages.
         directory: PathBuf,
     },
+    /// Start an application in a clone of an image's template, and save that when it is warm: memory, then state.
+    Warm {
+        /// The image's template.
+        template: PathBuf,
+        /// The application.
+        container: Box<ContainerSpec>,
+        /// Its host name, if it is to have one.
+        hostname: Option<String>,
+        /// What says that it is warm.
+        until: Until,
+        /// How long it may take to that.
+        timeout: Duration,
+        /// Where the files are, for messages.
+        directory: PathBuf,
+    },
     /// Run a container, and write which pages that touched.
     Try {
         /// The template.
         template: PathBuf,
     },
+}
+
+impl Order {
+    /// How long carrying it out may take.
+    pub(crate) fn limit(&self) -> Duration {
+        match self {
+            Self::Warm { timeout, .. } => MAKE_MAX.saturating_add(*timeout),
+            _ => MAKE_MAX,
+        }
+    }
 }
 
 /// From the one who starts the jailed process.
@@ -114,7 +141,7 @@ impl Maker {
             || EngineError::Vmm("cannot make the template: picovm-vmm, which makes it, has ended".into());
         messages::send(&self.control, order, files).map_err(|_| gone())?;
         loop {
-            let told = wait_readable(&self.control, MAKE_MAX.saturating_add(ANSWER_MAX))
+            let told = wait_readable(&self.control, order.limit().saturating_add(ANSWER_MAX))
                 .and_then(|()| messages::receive(&self.control));
             match told {
                 Ok(Some((FromMaker::FreezePoint, _))) => at_freeze_point(),

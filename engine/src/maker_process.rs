@@ -20,10 +20,12 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 
 use crate::confinement::{self, Confinement, OPEN_FILES, OVERHEAD, ThreadFilters, VmmProcess};
+use crate::container::{Container, Start};
 use crate::error::EngineError;
 use crate::maker::{FromMaker, Order};
 use crate::messages;
 use crate::templates;
+use crate::warming::{Until, Warming};
 
 /// How long a guest may take to its freeze point. It takes under a second on a real host.
 const BOOT_MAX: Duration = Duration::from_secs(120);
@@ -91,6 +93,7 @@ fn carry_out(
             .next()
             .ok_or_else(|| failed("take the files of a new template")(io::ErrorKind::InvalidData.into()))
     };
+    let limit = order.limit();
     let mut keep = numbers(&[say.as_fd(), rustix::stdio::stderr()]);
     let process = match order {
         Order::Boot { config, directory } => {
@@ -117,6 +120,31 @@ fn carry_out(
                 tell(&say, take_image(&base, &written, filters, pagemap, &say));
             })
         }
+        Order::Warm {
+            template,
+            container,
+            hostname,
+            until,
+            timeout,
+            directory,
+        } => {
+            let template = Template::open(&template)?;
+            let written = FrozenFiles::new(file()?, file()?, &directory);
+            keep.extend(numbers(&template.descriptors()));
+            keep.extend(numbers(&[written.memory().as_fd(), written.state().as_fd()]));
+            let size = Size::to_freeze(template.metadata().memory_mib, template.metadata().vcpus);
+            let start = Start {
+                id: None,
+                spec: *container,
+                hostname,
+            };
+            fork(confinement, size, &keep, |filters, pagemap| {
+                let done = warm_up(
+                    &template, start, &until, timeout, &written, filters, pagemap, &say,
+                );
+                tell(&say, done);
+            })
+        }
         Order::Try { template } => {
             let template = Template::open(&template)?;
             let written = file()?;
@@ -132,7 +160,7 @@ fn carry_out(
     }?;
     // Its end is how this process notices that nobody says anything any more.
     drop(say);
-    supervise(control, &said, process, MAKE_MAX)
+    supervise(control, &said, process, limit)
 }
 
 fn numbers(descriptors: &[BorrowedFd<'_>]) -> Vec<RawFd> {
@@ -246,6 +274,32 @@ fn take_image(
         ..ForkOptions::default()
     })?;
     freeze(machine, files, filters, pagemap, say)
+}
+
+/// In the jailed process: starts an application in a clone of an image's template, and saves that when it is warm.
+#[expect(clippy::too_many_arguments, reason = "each is what this process was given")]
+fn warm_up(
+    template: &Template,
+    start: Start,
+    until: &Until,
+    timeout: Duration,
+    files: &FrozenFiles,
+    filters: &ThreadFilters,
+    pagemap: Option<File>,
+    say: &OwnedFd,
+) -> Result<(), EngineError> {
+    let mut machine = template.fork(ForkOptions {
+        on_thread: filters.on_thread(),
+        ..ForkOptions::default()
+    })?;
+    machine.prepare_save()?;
+    filters.seal()?;
+    let env = start.spec.process.env.clone();
+    let container = Container::start_parked(template, machine, start, None)?;
+    let mut machine = Warming::new(container, until, env)?.freeze(until, timeout)?;
+    send(say, &Said::FreezePoint);
+    machine.freeze_into(files, pagemap.as_ref())?;
+    Ok(())
 }
 
 fn freeze(

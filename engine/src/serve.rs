@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use picovm_guest_protocol::frame::{LAYER, MAIN};
-use picovm_guest_protocol::{ContainerExit, Helper, ProcessSpec, StartFailure, TerminalSize};
+use picovm_guest_protocol::{ContainerExit, FrameError, Helper, ProcessSpec, StartFailure, TerminalSize};
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -268,6 +268,8 @@ impl Container {
                         director.news(News::Started);
                     }
                 }
+                // Nobody has asked for it.
+                Event::Frozen => return Err(FrameError::Payload(0).into()),
                 Event::OutOfMemory => {
                     // A guest may say so without end.
                     if !std::mem::replace(killed_for_memory, true) {
@@ -359,7 +361,7 @@ impl Container {
         }
     }
 
-    fn flush(&mut self) -> Result<(), EngineError> {
+    pub(crate) fn flush(&mut self) -> Result<(), EngineError> {
         while !self.session.to_send().is_empty() {
             match self.connection.write(self.session.to_send()) {
                 Ok(count) => self.session.sent(count),
@@ -376,7 +378,7 @@ impl Container {
     }
 
     /// Takes what has come in, as much as is to be looked at before anything else; whether there may be more.
-    fn receive(&mut self) -> Result<bool, EngineError> {
+    pub(crate) fn receive(&mut self) -> Result<bool, EngineError> {
         receive(&self.connection, &mut self.session)
     }
 }

@@ -33,6 +33,8 @@ pub enum Event {
     OutOfMemory,
     /// The main process's program runs.
     Started,
+    /// Nothing of the container runs any more, and all that it has written was sent.
+    Frozen,
 }
 
 /// Once so many bytes wait for an agent that does not read, nothing is added of what it can bring about itself: the answers
@@ -152,6 +154,7 @@ impl Session {
                 }
                 Frame::OutOfMemory if process == MAIN => return Ok(Some(Event::OutOfMemory)),
                 Frame::Started if process == MAIN => return Ok(Some(Event::Started)),
+                Frame::Freeze if process == MAIN => return Ok(Some(Event::Frozen)),
                 // The end of a stream before the process's says nothing to the host.
                 Frame::Close(Stream::Stdout | Stream::Stderr) => {}
                 _ => return Err(wrong().into()),
@@ -230,6 +233,12 @@ impl Session {
     /// Delivers a signal to a process and its group.
     pub fn signal(&mut self, process: u16, signal: u8) {
         self.tell(process, &Frame::Signal(signal));
+    }
+
+    /// Asks for the container to be stopped, and once [`Event::Frozen`] has come, for the machine to be frozen: the last that is
+    /// sent.
+    pub fn freeze(&mut self) {
+        self.tell(MAIN, &Frame::Freeze);
     }
 
     /// A process's terminal has this size.

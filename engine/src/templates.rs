@@ -1,7 +1,8 @@
 //! Templates of the store: built when first needed, found again by what they were built from.
 //!
-//! They have two depths. A *base* is a kernel and its init, before any image: booted once for each memory size and number
-//! of vCPUs. An *image* template is a clone of the base that has mounted the image, warmed up, and was frozen again.
+//! They have three depths. A *base* is a kernel and its init, before any image: booted once for each memory size and number
+//! of vCPUs. An *image* template is a clone of the base that has mounted the image, warmed up, and was frozen again. A *warm* one
+//! (`warm.rs`) is a clone of that in which an application was started.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -23,16 +24,20 @@ use crate::guest::GuestFiles;
 use crate::images::Image;
 use crate::maker::{Maker, Order};
 use crate::store::{self, Lock, Store};
+use crate::warm::NOTE_CONTAINER;
 
 /// How long the container may take that is run to see which pages a start touches.
 const TRY_MAX: Duration = Duration::from_secs(20);
+
+/// How long an application that goes on is looked at.
+const WARM_TRY: Duration = Duration::from_millis(300);
 
 /// Sectors of 512 bytes of the disk that an image is, as every guest sees it: 1 TiB, so that one base serves images of all
 /// sizes. What is behind an image's end reads as zeros, and its file system knows where it ends.
 const IMAGE_SECTORS: u64 = 1 << 31;
 
-const NOTE_IMAGE: &str = "image";
-const NOTE_DIGEST: &str = "image-digest";
+pub(crate) const NOTE_IMAGE: &str = "image";
+pub(crate) const NOTE_DIGEST: &str = "image-digest";
 
 /// What a template is built from.
 #[derive(Clone, Debug)]
@@ -60,7 +65,7 @@ impl TemplateSpec {
     }
 
     /// What tells this template from others, as a name in the store; without `image`, its base.
-    fn key(&self, guest: &GuestFiles, image: Option<&Image>) -> Result<String, EngineError> {
+    pub(crate) fn key(&self, guest: &GuestFiles, image: Option<&Image>) -> Result<String, EngineError> {
         let text = format!(
             "{FORMAT_VERSION}/{}/{}/{}/{}/{}",
             picovm_guest_protocol::PROTOCOL_VERSION,
@@ -103,6 +108,13 @@ pub enum TemplateProgress {
         /// What that took.
         prepared: Duration,
     },
+    /// Starting an application in a clone of the image's template.
+    Warming,
+    /// It is warm; writing memory and state.
+    Warm {
+        /// What that took.
+        took: Duration,
+    },
     /// Done.
     Built {
         /// What all of it took.
@@ -143,6 +155,8 @@ impl std::fmt::Display for TemplateProgress {
                     prepared.as_millis()
                 )
             }
+            Self::Warming => write!(f, "starting the application"),
+            Self::Warm { took } => write!(f, "warm after {} ms, freezing", took.as_millis()),
             Self::Built { took, data_bytes } => {
                 write!(
                     f,
@@ -164,9 +178,9 @@ fn is_outdated(error: &TemplateError) -> bool {
     )
 }
 
-type Report<'a> = dyn FnMut(TemplateProgress) + 'a;
+pub(crate) type Report<'a> = dyn FnMut(TemplateProgress) + 'a;
 /// Makes a template at a path where there is none.
-type Make<'a> = dyn Fn(&Path, &mut Report<'_>) -> Result<Template, EngineError> + 'a;
+pub(crate) type Make<'a> = dyn Fn(&Path, &mut Report<'_>) -> Result<Template, EngineError> + 'a;
 
 /// Boots a machine to its base freeze point and freezes it.
 fn boot_base(
@@ -214,7 +228,7 @@ fn boot_base(
 }
 
 /// An image as every guest sees it.
-fn image_disk(image: &Image) -> Disk {
+pub(crate) fn image_disk(image: &Image) -> Disk {
     Disk {
         sectors: Some(IMAGE_SECTORS),
         ..Disk::read_only(&image.file)
@@ -273,7 +287,7 @@ const TRIES: usize = 3;
 const TOUCHED_MAX: u64 = 1 << 20;
 
 /// Has containers run, to learn which pages a start touches.
-fn try_starts(template: &Template, maker: &mut Maker) -> Result<WorkingSet, EngineError> {
+pub(crate) fn try_starts(template: &Template, maker: &mut Maker) -> Result<WorkingSet, EngineError> {
     (0..TRIES).try_fold(WorkingSet::default(), |set, _| {
         Ok(set.union(&watch_a_start(template, maker)?))
     })
@@ -313,14 +327,19 @@ pub(crate) fn try_a_start(
     })?;
     machine.watch_working_set();
     filters.seal()?;
-    let command = ContainerOptions::command(["sh", "-c", "echo"]);
-    let mut container = Container::start_parked(template, machine, command.request(), None)?;
+    let is_warm = template.metadata().notes.contains_key(NOTE_CONTAINER);
+    let mut start = ContainerOptions::command(["sh", "-c", "echo"]).request();
+    // An application that was started already goes on, and is ended after a while.
+    start.spec.process.stdin = is_warm;
+    let time = if is_warm { WARM_TRY } else { TRY_MAX };
+    let mut container = Container::start_parked(template, machine, start, None)?;
+    container.stdin = false;
     let stdio = Stdio {
         stdin: null.as_fd(),
         stdout: null.as_fd(),
         stderr: null.as_fd(),
         wake: None,
-        deadline: Instant::now().checked_add(TRY_MAX),
+        deadline: Instant::now().checked_add(time),
     };
     container.serve_stdio(stdio, &mut |_| Some(Interruption::Kill(9)))?;
     match pagemap {
@@ -342,7 +361,7 @@ pub struct StoredTemplate {
 }
 
 impl StoredTemplate {
-    fn note(&self, name: &str) -> Option<&str> {
+    pub(crate) fn note(&self, name: &str) -> Option<&str> {
         self.metadata.as_ref().ok()?.notes.get(name).map(String::as_str)
     }
 
@@ -411,7 +430,7 @@ impl Store {
     }
 
     /// Opens the template of this name, or has it made.
-    fn open_or_make(
+    pub(crate) fn open_or_make(
         &self,
         key: &str,
         progress: &mut Report<'_>,
@@ -464,12 +483,15 @@ impl Store {
         Ok(templates)
     }
 
-    /// The template whose key begins with `id`.
+    /// The template of this name, or whose key begins with `id`.
     ///
     /// # Errors
     /// [`EngineError::NoTemplate`], [`EngineError::AmbiguousTemplate`], [`EngineError::Store`].
     pub fn find_template(&self, id: &str) -> Result<StoredTemplate, EngineError> {
         let mut found = self.templates()?;
+        if let Some(named) = found.iter().position(|template| template.name() == Some(id)) {
+            return Ok(found.swap_remove(named));
+        }
         found.retain(|template| !id.is_empty() && template.key.starts_with(id));
         if found.len() > 1 {
             return Err(EngineError::AmbiguousTemplate { id: id.to_owned() });

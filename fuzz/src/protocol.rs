@@ -143,6 +143,7 @@ pub fn agent(data: &[u8]) {
                 | Frame::Resize(_)
                 | Frame::OutOfMemory
                 | Frame::Started
+                | Frame::Freeze
                 | Frame::Exit(_)
                 | Frame::Data(..)
                 | Frame::Close(_)

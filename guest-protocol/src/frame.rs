@@ -119,6 +119,9 @@ pub enum Frame {
     OutOfMemory,
     /// Guest to host, of the main process: its program runs. Only if [`ContainerSpec::announce`].
     Started,
+    /// About the main process, which is to be frozen as it is. Host to guest: let nothing of the container run any more. Guest to
+    /// host, then: all that it has written was sent. Host to guest again: nothing more comes, so freeze the machine.
+    Freeze,
 }
 
 /// Why bytes are not a frame. The connection is of no use after such an error.
@@ -152,6 +155,7 @@ const HELP: u8 = 14;
 const RESIZE: u8 = 15;
 const OUT_OF_MEMORY: u8 = 16;
 const STARTED: u8 = 17;
+const FREEZE: u8 = 18;
 
 /// The kind of a frame about a stream: `first` is that of standard input, the others follow.
 fn kind_for(first: u8, stream: Stream) -> u8 {
@@ -188,6 +192,7 @@ impl Frame {
             Self::Resize(size) => put_value(RESIZE, process, size, out),
             Self::OutOfMemory => put(OUT_OF_MEMORY, process, &[], out),
             Self::Started => put(STARTED, process, &[], out),
+            Self::Freeze => put(FREEZE, process, &[], out),
         }
     }
 
@@ -211,7 +216,8 @@ impl Frame {
             RESIZE => value(kind, payload).map(Self::Resize),
             OUT_OF_MEMORY if payload.is_empty() => Ok(Self::OutOfMemory),
             STARTED if payload.is_empty() => Ok(Self::Started),
-            CLOSE..CREDIT | OUT_OF_MEMORY | STARTED => Err(malformed),
+            FREEZE if payload.is_empty() => Ok(Self::Freeze),
+            CLOSE..CREDIT | OUT_OF_MEMORY | STARTED | FREEZE => Err(malformed),
             _ => Err(FrameError::Kind(kind)),
         }
     }
@@ -299,7 +305,7 @@ impl FrameDecoder {
             return Ok(None);
         };
         let [kind, reserved, p0, p1, length @ ..] = *header;
-        if !(SPEC..=STARTED).contains(&kind) {
+        if !(SPEC..=FREEZE).contains(&kind) {
             return Err(FrameError::Kind(kind));
         }
         if reserved != 0 {
@@ -359,6 +365,7 @@ mod tests {
             size.prop_map(Frame::Resize),
             Just(Frame::OutOfMemory),
             Just(Frame::Started),
+            Just(Frame::Freeze),
         ];
         (any::<u16>(), frame)
     }

@@ -163,6 +163,8 @@ pub enum Helper {
     Tasks,
     /// Standard output is a [`Usage`] in postcard.
     Usage,
+    /// Ends with 0 if somebody in the guest listens for TCP connections on this port, else with 1.
+    Listens(u16),
 }
 
 /// What `stat(2)` says of a path in the container.

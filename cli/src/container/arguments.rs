@@ -129,7 +129,16 @@ pub struct CreateOptions {
     pub machine: MachineOptions,
     #[command(flatten)]
     pub absent: AbsentOptions,
+    /// Go on with the application of this warm template, by its name or id; neither an image nor a command is given then. -e is
+    /// for the hooks of the container, which make this clone different from others
+    #[arg(long, value_name = "TEMPLATE")]
+    pub from_template: Option<String>,
     /// The image's name or id
+    #[arg(
+        required_unless_present = "from_template",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub image: String,
     /// The command and its arguments; by default the image's. To an image with an entry point, they are arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -137,7 +146,7 @@ pub struct CreateOptions {
 }
 
 /// What a process of a container is given.
-#[derive(Args)]
+#[derive(Args, Clone)]
 #[command(next_help_heading = "Process")]
 pub struct ProcessOptions {
     /// Set an environment variable; without =VALUE it is taken from this environment
@@ -179,7 +188,7 @@ pub struct ProcessOptions {
 }
 
 /// What a container may take.
-#[derive(Args)]
+#[derive(Args, Clone)]
 #[command(next_help_heading = "Limits")]
 pub struct LimitOptions {
     /// Memory of the container, as 512m or 2g, 6 MiB at least; without it, a machine of 256 MiB. Taken from the host as it is used
@@ -200,7 +209,7 @@ pub struct LimitOptions {
 }
 
 /// What is there beside the image's files.
-#[derive(Args)]
+#[derive(Args, Default)]
 #[command(next_help_heading = "Files and names")]
 pub struct FileOptions {
     /// A file system in memory, as /run:size=64m,mode=1777
@@ -228,7 +237,7 @@ pub struct FileOptions {
 }
 
 /// What becomes of a container.
-#[derive(Args)]
+#[derive(Args, Default)]
 #[command(next_help_heading = "Behaviour")]
 pub struct BehaviourOptions {
     /// Set a label
@@ -264,7 +273,7 @@ pub struct BehaviourOptions {
 }
 
 /// How to find out whether a container works.
-#[derive(Args)]
+#[derive(Args, Default)]
 #[command(next_help_heading = "Health")]
 pub struct HealthOptions {
     /// A line for the container's shell that says by its exit status whether the container works
@@ -291,7 +300,7 @@ pub struct HealthOptions {
 }
 
 /// What is asked of the machine that a container is.
-#[derive(Args)]
+#[derive(Args, Default)]
 #[command(next_help_heading = "Machine")]
 pub struct MachineOptions {
     /// Write the guest's console output to this file
@@ -316,7 +325,7 @@ pub struct MachineOptions {
 }
 
 /// What Docker has and picovm has not: read, so that the reason can be said.
-#[derive(Args)]
+#[derive(Args, Default)]
 #[command(next_help_heading = "Not there yet")]
 pub struct AbsentOptions {
     /// Refused: there is no network yet
@@ -368,6 +377,7 @@ pub struct AbsentOptions {
   picovm run --rm -v \"$PWD\":/src:ro -v cache:/var/cache debian ls /src
   picovm run -d --name web -m 512m --restart on-failure:3 app:1
   echo hello | picovm run -i --rm debian tr a-z A-Z
+  picovm run -d --from-template app
 
 The exit status is that of the command; 128 + N if signal N ended it; 127 if it does not exist; 126 if it cannot be executed; \
 125 if picovm itself failed; 124 if --timeout ended it. Ctrl-C is passed on; a third one kills the container."
@@ -404,19 +414,26 @@ pub enum StreamName {
     Stderr,
 }
 
+/// A time as `500ms` or `1m30s`.
+pub fn parse_time(text: &str) -> Result<Duration, String> {
+    values::duration(text)
+}
+
 /// How output is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogDriver {
+    #[default]
     JsonFile,
     Local,
     None,
 }
 
 /// When an image is fetched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Pull {
     Always,
     Missing,
+    #[default]
     Never,
 }
 

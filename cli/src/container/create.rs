@@ -21,7 +21,7 @@ use super::arguments::{
     AbsentOptions, BehaviourOptions, CreateOptions, FileOptions, HealthOptions, LogDriver, MachineOptions,
     ProcessOptions, Pull, StreamName,
 };
-use super::{mounts, values};
+use super::{mounts, values, warm};
 use crate::arguments::SeccompMode;
 use crate::pull_arguments::parse_bytes;
 use crate::transfer;
@@ -39,12 +39,12 @@ pub fn create(options: &CreateOptions) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes the container that this command line asks for, and says of which image.
+/// Makes the container that this command line asks for, and says of which image, unless it is of a warm template.
 pub fn new_container(
     store: &Store,
     containers: &Containers,
     options: &CreateOptions,
-) -> anyhow::Result<(Record, Image)> {
+) -> anyhow::Result<(Record, Option<Image>)> {
     refuse_absent(&options.absent)?;
     if let Some(path) = &options.behaviour.cidfile
         && path.exists()
@@ -54,10 +54,15 @@ pub fn new_container(
             path.display()
         );
     }
-    let image = find_image(store, options)?;
-    let defaults = image.config()?;
-    tell_of_it(options);
-    let config = config(&image, defaults, options)?;
+    let (config, image) = match &options.from_template {
+        Some(template) => (warm::config(&store.find_template(template)?, options)?, None),
+        None => {
+            let image = find_image(store, options)?;
+            let defaults = image.config()?;
+            tell_of_it(options);
+            (config(&image, defaults, options)?, Some(image))
+        }
+    };
     let record = containers.create(config, options.name.as_deref())?;
     if let Some(path) = &options.behaviour.cidfile {
         let written = fs::File::create_new(path).and_then(|mut file| file.write_all(record.id().as_bytes()));
@@ -122,7 +127,7 @@ fn tell_of_it(options: &CreateOptions) {
 }
 
 /// The configuration of a container of this image.
-fn config(image: &Image, whole: ImageConfig, options: &CreateOptions) -> anyhow::Result<ContainerConfig> {
+pub fn config(image: &Image, whole: ImageConfig, options: &CreateOptions) -> anyhow::Result<ContainerConfig> {
     if !matches!(whole.os.as_str(), "" | "linux") || !matches!(whole.architecture.as_str(), "" | "amd64") {
         bail!(
             "the image {} is for {}/{}, and containers here are linux/amd64: pull it with --platform linux/amd64",
@@ -193,7 +198,7 @@ fn config(image: &Image, whole: ImageConfig, options: &CreateOptions) -> anyhow:
         tmpfs: mounts.tmpfs,
         mounts: mounts.shared,
         hosts: hosts(&options.files)?,
-        labels: labels(&defaults, behaviour)?,
+        labels: labels(&defaults.labels, behaviour)?,
         stop_signal: match (behaviour.stop_signal, defaults.stop_signal.as_deref()) {
             (Some(signal), _) => signal,
             (None, Some(name)) if !name.is_empty() => values::signal(name).map_err(|reason| {
@@ -218,6 +223,7 @@ fn config(image: &Image, whole: ImageConfig, options: &CreateOptions) -> anyhow:
             Some(path) => Some(absolute(path)?),
             None => None,
         },
+        warm: None,
     })
 }
 
@@ -226,11 +232,11 @@ pub fn wants_stdin(options: &CreateOptions) -> bool {
     options.interactive || options.attach.contains(&StreamName::Stdin)
 }
 
-fn texts(strings: Vec<OsString>) -> Vec<Text> {
+pub fn texts(strings: Vec<OsString>) -> Vec<Text> {
     strings.into_iter().map(Text).collect()
 }
 
-fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+pub fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("cannot tell where {} is", path.display()))
 }
 
@@ -337,7 +343,7 @@ const NO_OTHERS: &str =
     "the volumes of another container are named one by one: `picovm inspect` shows them, -v shares them";
 const NO_NETWORK: &str = "containers have no network yet, but for loopback of their own";
 
-fn hosts(files: &FileOptions) -> anyhow::Result<Vec<(String, String)>> {
+pub fn hosts(files: &FileOptions) -> anyhow::Result<Vec<(String, String)>> {
     for name in &files.network {
         if !matches!(name.as_str(), "none" | "default") {
             bail!("--network {name}: {NO_NETWORK}. `none` and `default` are what there is");
@@ -396,8 +402,11 @@ fn refuse_absent(absent: &AbsentOptions) -> anyhow::Result<()> {
     )
 }
 
-fn labels(defaults: &RunConfig, behaviour: &BehaviourOptions) -> anyhow::Result<BTreeMap<String, String>> {
-    let mut labels = defaults.labels.clone();
+pub fn labels(
+    defaults: &BTreeMap<String, String>,
+    behaviour: &BehaviourOptions,
+) -> anyhow::Result<BTreeMap<String, String>> {
+    let mut labels = defaults.clone();
     let mut set = |text: &str| {
         let (key, value) = text.split_once('=').unwrap_or((text, ""));
         if key.trim().is_empty() {
@@ -421,7 +430,7 @@ fn labels(defaults: &RunConfig, behaviour: &BehaviourOptions) -> anyhow::Result<
     Ok(labels)
 }
 
-fn log_options(behaviour: &BehaviourOptions) -> anyhow::Result<LogOptions> {
+pub fn log_options(behaviour: &BehaviourOptions) -> anyhow::Result<LogOptions> {
     let mut options = LogOptions {
         keep: behaviour.log_driver != LogDriver::None,
         ..LogOptions::default()
@@ -455,7 +464,10 @@ fn log_options(behaviour: &BehaviourOptions) -> anyhow::Result<LogOptions> {
 }
 
 /// The image's health check with what is given over it.
-fn healthcheck(image: Option<Healthcheck>, options: &HealthOptions) -> anyhow::Result<Option<Healthcheck>> {
+pub fn healthcheck(
+    image: Option<Healthcheck>,
+    options: &HealthOptions,
+) -> anyhow::Result<Option<Healthcheck>> {
     let times = [
         options.health_interval,
         options.health_timeout,
@@ -499,7 +511,7 @@ fn nanoseconds(time: Duration) -> i64 {
 }
 
 /// How the container's VMM process is to be confined. Less than all is not done silently.
-fn confinement(options: &MachineOptions) -> Confinement {
+pub fn confinement(options: &MachineOptions) -> Confinement {
     match options.seccomp {
         _ if options.no_jail => {
             eprintln!(

@@ -17,6 +17,7 @@ mod run;
 mod terminal;
 mod usage;
 mod values;
+mod warm;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,7 @@ pub use create::confirmed;
 pub use events::events;
 pub use inspect::inspect;
 pub use list::list as ps;
+pub use warm::application;
 
 /// `picovm container`.
 pub fn group(command: ContainerGroup) -> ExitCode {

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use picovm_engine::containers::{Attachment, Client, ClientNews, Containers, Ending, Record, Status};
 use picovm_engine::{Store, TemplateSpec};
 use picovm_vmm::Template;
@@ -16,7 +16,22 @@ use crate::output;
 /// Statuses of a container that could not be started.
 const NOT_STARTED: std::ops::RangeInclusive<u8> = 125..=127;
 
-/// The template of a container, which is built if it is not there.
+/// The template that a container is started from: its image's, which is built if it is not there, or the warm one that it was
+/// created from.
+fn start_template(store: &Store, record: &Record) -> anyhow::Result<Template> {
+    let Some(warm) = &record.config.warm else {
+        return template(store, record);
+    };
+    let found = store.find_template(&warm.template).with_context(|| {
+        format!(
+            "cannot start container {}: the warm template {} that it was created from is gone, and the application with it",
+            record.name, warm.name
+        )
+    })?;
+    Ok(Template::open(&found.path)?)
+}
+
+/// The template of a container's image, which is built if it is not there.
 pub fn template(store: &Store, record: &Record) -> anyhow::Result<Template> {
     open(store, &create::template_spec(store, record)?, record)
 }
@@ -37,12 +52,18 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         Err(error) => return Ok(output::ended_with(Err(error), 1)),
     };
     let (record, image) = create::new_container(&store, &containers, &options.create)?;
-    let spec = TemplateSpec {
-        image,
-        memory_mib: record.config.memory_mib,
-        vcpus: record.config.vcpus,
+    let template = match image {
+        Some(image) => {
+            let spec = TemplateSpec {
+                image,
+                memory_mib: record.config.memory_mib,
+                vcpus: record.config.vcpus,
+            };
+            open(&store, &spec, &record)
+        }
+        None => start_template(&store, &record),
     };
-    let started = open(&store, &spec, &record).and_then(|template| {
+    let started = template.and_then(|template| {
         let attachment = match options.detach {
             true => announced(),
             false => ends.attachment(false),
@@ -132,7 +153,7 @@ fn until_started(client: &Client) -> anyhow::Result<Option<Ending>> {
 
 /// Starts a container that does not run, and leaves it alone.
 pub fn start_detached(store: &Store, containers: &Containers, record: &Record) -> anyhow::Result<()> {
-    let template = template(store, record)?;
+    let template = start_template(store, record)?;
     let Some(client) = containers.start(record, &template, &announced())? else {
         return Ok(());
     };
@@ -186,7 +207,7 @@ fn start_attached(
         client.attach(&attachment)?;
         client
     } else {
-        started(containers, record, &template(store, record)?, &attachment)?
+        started(containers, record, &start_template(store, record)?, &attachment)?
     };
     let end = attach::follow(&client, ends, &attach::following(&options.session, None))?;
     drop(client);

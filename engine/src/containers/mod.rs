@@ -37,7 +37,7 @@ pub use log::{LogEntry, LogQuery};
 pub use protocol::Ending;
 pub use record::{
     ContainerConfig, Health, HealthResult, LogOptions, MountKind, MountPoint, Record, RestartPolicy, State,
-    Status, Text, machine_memory,
+    Status, Text, WarmStart, machine_memory,
 };
 
 use picovm_vmm::Template;

@@ -131,6 +131,17 @@ pub struct MountPoint {
     pub no_copy: bool,
 }
 
+/// That a container goes on with the application of a warm template.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WarmStart {
+    /// The template's key.
+    pub template: String,
+    /// Its name, or the key.
+    pub name: String,
+    /// Variables for the hooks, as `NAME=value`. The application has those that it was started with.
+    pub env: Vec<Text>,
+}
+
 /// The configuration of a container, made when it is created.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ContainerConfig {
@@ -207,9 +218,34 @@ pub struct ContainerConfig {
     pub confinement: crate::Confinement,
     /// Where its guest's console output goes.
     pub console_log: Option<PathBuf>,
+    /// The warm template that it is started from, if not from its image's.
+    #[serde(default)]
+    pub warm: Option<WarmStart>,
 }
 
 impl ContainerConfig {
+    /// What is told to a clone of a warm template, in which all that it had before holds: whose it is, and what its hooks are given.
+    pub(crate) fn warm_options(&self, warm: &WarmStart) -> ContainerOptions {
+        let own = [
+            format!("PICOVM_CONTAINER_ID={}", self.id),
+            format!("PICOVM_TEMPLATE={}", warm.name),
+            format!("HOSTNAME={}", self.hostname()),
+        ];
+        let given = warm.env.iter().map(|variable| variable.0.clone());
+        ContainerOptions {
+            env: own.into_iter().map(OsString::from).chain(given).collect(),
+            workdir: OsString::new(),
+            user: OsString::new(),
+            groups: Vec::new(),
+            terminal: None,
+            rlimits: Vec::new(),
+            limits: Limits::default(),
+            read_only: false,
+            tmpfs: Vec::new(),
+            ..self.options(None)
+        }
+    }
+
     /// What to start, but for streams, layer and what the caller has of its own.
     pub(crate) fn options(&self, terminal: Option<TerminalSize>) -> ContainerOptions {
         let plain = |texts: &[Text]| texts.iter().map(|text| text.0.clone()).collect();

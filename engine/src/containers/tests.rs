@@ -43,6 +43,7 @@ pub(super) fn config() -> ContainerConfig {
         isolate_memory: false,
         confinement: crate::Confinement::Jailed,
         console_log: None,
+        warm: None,
     }
 }
 

@@ -17,6 +17,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use picovm_guest_protocol::{Limits, StartFailure};
 use rustix::fs::{Mode, OFlags};
@@ -31,6 +32,8 @@ use crate::start::failure;
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// Name of the container's group in the hierarchy.
 pub const CONTAINER: &str = "container";
+/// How long a group's processes may take to stand still: one that waits for a disk does so when that has answered.
+const FREEZE_MAX: Duration = Duration::from_secs(20);
 /// What this process sees of control groups.
 const NAMESPACE: &str = "/proc/self/ns/cgroup";
 
@@ -88,6 +91,47 @@ impl Cgroup {
     /// Kills every process of the group.
     pub fn kill(&self) -> io::Result<()> {
         write(&self.directory, "cgroup.kill", b"1")
+    }
+
+    /// Lets no process of the group run, and waits until none does.
+    pub fn freeze(&self) -> Result<(), StartFailure> {
+        self.set_frozen(true)?;
+        let give_up = Instant::now().checked_add(FREEZE_MAX);
+        while self.value_of("cgroup.events", "frozen") != Some(1) {
+            if give_up.is_none_or(|give_up| Instant::now() >= give_up) {
+                let message = format!("not all of them stand still after {} s", FREEZE_MAX.as_secs());
+                return Err(failure("stop the container's processes", 0, message));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Lets them go on.
+    pub fn thaw(&self) -> Result<(), StartFailure> {
+        self.set_frozen(false)
+    }
+
+    fn set_frozen(&self, frozen: bool) -> Result<(), StartFailure> {
+        let value: &[u8] = if frozen { b"1" } else { b"0" };
+        write(&self.directory, "cgroup.freeze", value).map_err(|error| {
+            let attempted = "let the container's processes stand still, or go on";
+            failure(attempted, error.raw_os_error().unwrap_or(0), error)
+        })
+    }
+
+    /// Makes another group beside this one.
+    pub fn beside(&self, name: &str) -> io::Result<Self> {
+        match rustix::fs::mkdirat(&self.root, name, Mode::RWXU) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self {
+            directory: rustix::fs::openat(&self.root, name, flags, Mode::empty())?,
+            root: rustix::io::fcntl_dupfd_cloexec(&self.root, 0)?,
+            whole: rustix::io::fcntl_dupfd_cloexec(&self.whole, 0)?,
+        })
     }
 
     /// Whether the group and those below it have no process.

@@ -135,7 +135,7 @@ fn tmpfs_options(options: &[u8]) -> Result<(MountFlags, CString), String> {
 }
 
 /// Adds lines to `/etc/hosts`.
-fn add_hosts(hosts: &[(Vec<u8>, Vec<u8>)]) -> Result<(), StartFailure> {
+pub fn add_hosts(hosts: &[(Vec<u8>, Vec<u8>)]) -> Result<(), StartFailure> {
     let mut lines = Vec::new();
     for (address, name) in hosts {
         if [address, name].iter().any(|word| word.contains(&b'\n')) {

@@ -27,7 +27,7 @@ mod tests;
 mod trap;
 
 use accounts::Accounts;
-use agent::Agent;
+use agent::{Agent, FreezePoint};
 use cgroup::Cgroup;
 use container::Ground;
 use error::InitError;
@@ -86,7 +86,11 @@ fn live(trap: &Trap) -> Result<(), InitError> {
         layers: Some(layers),
     };
     let (pipes, ends) = stub::pipes()?;
-    let agent = Agent::new(control, pipes, &ground)?;
+    let agent = Agent::new(control, pipes, &ground)?.with_freeze_point(FreezePoint {
+        area: &area,
+        trap,
+        machine: &machine,
+    });
     let setting = Setting {
         stack: &stack,
         accounts: &accounts,

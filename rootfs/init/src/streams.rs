@@ -192,6 +192,31 @@ impl Output {
         self.pipe.is_none() || self.discarded
     }
 
+    /// Whether nothing waits in it.
+    pub fn is_drained(&self) -> bool {
+        let is_empty = |pipe| rustix::io::ioctl_fionread(pipe).is_ok_and(|bytes| bytes == 0);
+        self.is_closed() || self.pipe.as_ref().is_none_or(is_empty)
+    }
+
+    /// The host that is there now has given the credit that each begins with, and nothing was sent to it.
+    pub fn meet_another_host(&mut self) {
+        self.credit = INITIAL_CREDIT;
+    }
+
+    /// Sends bytes that are not the process's, as far as there is credit for them.
+    pub fn say(&mut self, bytes: &[u8], outgoing: &mut Outgoing) -> Result<(), FrameError> {
+        let bytes = bytes
+            .get(..bytes.len().min(self.credit as usize))
+            .unwrap_or_default();
+        for part in bytes.chunks(CHUNK) {
+            outgoing.push_data(self.process, self.stream, part)?;
+            self.credit = self
+                .credit
+                .saturating_sub(u32::try_from(part.len()).unwrap_or(u32::MAX));
+        }
+        Ok(())
+    }
+
     /// Takes credit from the host; `false` if the sum is impossible.
     pub fn add_credit(&mut self, bytes: u32) -> bool {
         match self.credit.checked_add(bytes) {

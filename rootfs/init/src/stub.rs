@@ -438,7 +438,7 @@ fn hold_signals() {
 }
 
 /// Receives the spec, the first frame from the host, and not a byte of what follows, which is the agent's.
-fn receive(control: BorrowedFd<'_>) -> Result<ContainerSpec, StartFailure> {
+pub fn receive(control: BorrowedFd<'_>) -> Result<ContainerSpec, StartFailure> {
     let failed = |message: &dyn std::fmt::Display| failure("receive what to run", 0, message);
     match receive_frame(control) {
         Ok((MAIN, Frame::Spec(spec))) => Ok(spec),

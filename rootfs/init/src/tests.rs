@@ -743,6 +743,7 @@ fn a_host_that_breaks_the_protocol_is_left() {
         Frame::Exit(ContainerExit::Code(0)),
         Frame::OutOfMemory,
         Frame::Started,
+        Frame::Freeze,
         Frame::Spec(ContainerSpec::default()),
         Frame::Exec(shell("true")),
         Frame::Help(Helper::Tasks),

@@ -372,8 +372,14 @@ impl<'m> Monitor<'m> {
         let pipe =
             || pipe_with(PipeFlags::CLOEXEC).map_err(|error| EngineError::host("make a pipe")(error.into()));
         let config = &self.record.config;
-        let mut options = config.options(self.terminal);
-        options.layer = open_layer(&self.record)?;
+        let mut options = match &config.warm {
+            // What its last run has written belongs to what ran then: this one begins where the template was frozen.
+            Some(warm) => config.warm_options(warm),
+            None => config.options(self.terminal),
+        };
+        if config.warm.is_none() {
+            options.layer = open_layer(&self.record)?;
+        }
         options.shared = self.containers.shared(&self.record)?;
         options.announce = self.announce;
         options.console_log = match &self.console_log {

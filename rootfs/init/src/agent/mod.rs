@@ -17,8 +17,10 @@
 )]
 
 mod helpers;
+mod hooks;
 mod process;
 mod terminal;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -42,6 +44,8 @@ use crate::streams::Outgoing;
 use crate::stub::{self, Begun, Ends, Pipes};
 use process::{Process, Role};
 pub use terminal::Terminal;
+pub use warm::FreezePoint;
+use warm::Freezing;
 
 /// Why the agent cannot go on; the host gets no exit status then.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +67,9 @@ pub enum AgentError {
     /// The host sent a frame that it must not send.
     #[error("the host {0}")]
     Protocol(&'static str),
+    /// The machine could not be frozen, or not become a clone.
+    #[error("cannot freeze the machine with its container: {0}")]
+    Freeze(String),
     /// The kernel refused something that it cannot refuse.
     #[error("{attempted}: {source}")]
     System {
@@ -137,6 +144,9 @@ pub struct Agent<'a> {
     /// Processes that were killed for it, as far as was heard.
     memory_changed: bool,
     oom_kills: u64,
+    /// The way to a freeze point with a running container, where there is one.
+    freeze_point: Option<FreezePoint<'a>>,
+    freezing: Freezing,
     scratch: Vec<u8>,
 }
 
@@ -182,10 +192,21 @@ impl<'a> Agent<'a> {
             memory: None,
             memory_changed: false,
             oom_kills: 0,
+            freeze_point: None,
+            freezing: Freezing::No,
             kernel_log: ground.is_guest.then(KernelLog::open).flatten(),
             // Not zero, so that its pages are present before the freeze.
             scratch: vec![1; DATA_MAX],
         })
+    }
+
+    /// One that can be asked to freeze the machine with its container.
+    #[must_use]
+    pub fn with_freeze_point(self, freeze_point: FreezePoint<'a>) -> Self {
+        Self {
+            freeze_point: Some(freeze_point),
+            ..self
+        }
     }
 
     /// The control connection.
@@ -209,6 +230,9 @@ impl<'a> Agent<'a> {
             self.move_all()?;
             if self.is_done() {
                 return Ok(());
+            }
+            if self.go_on_freezing()? {
+                continue;
             }
             events.clear();
             // A host that never stops sending must not keep the container's end from being noticed.
@@ -372,6 +396,10 @@ impl<'a> Agent<'a> {
             Frame::OutOfMemory => Err(AgentError::Protocol("said that memory has run out")),
             Frame::Exec(_) | Frame::Help(_) if matches!(number, MAIN | LAYER) => Err(AgentError::Protocol(
                 "began a process under a number that is not its own",
+            )),
+            Frame::Freeze if number == MAIN => self.freeze(),
+            Frame::Freeze => Err(AgentError::Protocol(
+                "asked to freeze another process than the main one",
             )),
             Frame::Exec(spec) => self.exec(number, &spec),
             Frame::Help(helper) => self.help(number, &helper),

@@ -59,6 +59,8 @@ pub struct Process {
     stderr: Output,
     failure: OwnedFd,
     terminal: Option<Terminal>,
+    /// Why the container cannot go on with it, if the agent has found that.
+    verdict: Option<StartFailure>,
     /// How it ended, once it has.
     pub ended: Option<ContainerExit>,
 }
@@ -92,6 +94,7 @@ impl Process {
             stderr: Output::new(number, Stream::Stderr, pipes.stderr),
             failure: pipes.failure,
             terminal: None,
+            verdict: None,
             ended: None,
         })
     }
@@ -250,7 +253,10 @@ impl Process {
             (_, Some(signal)) => ContainerExit::Signal(u8::try_from(signal).unwrap_or(u8::MAX)),
             (code, None) => ContainerExit::Code(u8::try_from(code.unwrap_or_default()).unwrap_or(u8::MAX)),
         };
-        let failure = self.start_failure(scratch);
+        let failure = self
+            .verdict
+            .take()
+            .or_else(|| told_failure(&self.failure, scratch));
         self.stdin.abandon();
         // Everybody else who could write ends with the main process. Not so with another; and a terminal that was not opened has
         // no end.
@@ -269,15 +275,31 @@ impl Process {
         rustix::io::ioctl_fionread(&self.failure).is_ok_and(|bytes| bytes > 0)
     }
 
-    /// What a child said if it could not become its process. Its end of the pipe is closed: it has ended.
-    fn start_failure(&mut self, scratch: &mut [u8]) -> Option<StartFailure> {
-        let count = rustix::io::read(&self.failure, &mut *scratch).ok()?;
-        let mut decoder = FrameDecoder::default();
-        decoder.push(scratch.get(..count)?);
-        match decoder.next_frame() {
-            Ok(Some((_, Frame::Exit(ContainerExit::NotStarted(failure))))) => Some(failure),
-            _ => None,
-        }
+    /// Whatever becomes of it, the container has failed for this reason.
+    pub fn fail(&mut self, failed: StartFailure) {
+        self.verdict = Some(failed);
+    }
+
+    /// Its outputs may hold something, whatever events have said.
+    pub fn look_again(&mut self) {
+        self.stdout.readable = true;
+        self.stderr.readable = true;
+    }
+
+    /// Whether nothing waits in its outputs.
+    pub fn is_drained(&self) -> bool {
+        self.stdout.is_drained() && self.stderr.is_drained()
+    }
+
+    /// Nothing was sent to the host that is there now.
+    pub fn meet_another_host(&mut self) {
+        self.stdout.meet_another_host();
+        self.stderr.meet_another_host();
+    }
+
+    /// Sends something as if it had written that to its standard error.
+    pub fn say(&mut self, bytes: &[u8], outgoing: &mut Outgoing) -> Result<(), FrameError> {
+        self.stderr.say(bytes, outgoing)
     }
 }
 
@@ -291,5 +313,16 @@ fn credit(output: &mut Output, bytes: u32) -> Result<(), AgentError> {
         Ok(())
     } else {
         Err(AgentError::Protocol("gave more credit than there is"))
+    }
+}
+
+/// What a child said if it could not become its process. Its end of the pipe is closed: it has ended.
+pub fn told_failure(pipe: &OwnedFd, scratch: &mut [u8]) -> Option<StartFailure> {
+    let count = rustix::io::read(pipe, &mut *scratch).ok()?;
+    let mut decoder = FrameDecoder::default();
+    decoder.push(scratch.get(..count)?);
+    match decoder.next_frame() {
+        Ok(Some((_, Frame::Exit(ContainerExit::NotStarted(failure))))) => Some(failure),
+        _ => None,
     }
 }

@@ -13,6 +13,7 @@
 )]
 
 mod files;
+mod listeners;
 mod tasks;
 mod usage;
 
@@ -59,6 +60,7 @@ fn act(helper: &Helper, ground: &Ground) -> Result<(), String> {
         Helper::SaveLayer => in_layer(ground, |layers| layers.save(Path::new("."), &mut output))?,
         Helper::Tasks => answer(&mut output, &tasks::tasks(ground)?)?,
         Helper::Usage => answer(&mut output, &usage::usage(ground)?)?,
+        Helper::Listens(port) => listeners::find(*port)?,
     }
     output
         .flush()
