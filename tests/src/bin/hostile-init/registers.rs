@@ -7,7 +7,7 @@ use rustix::mm::ProtFlags;
 
 use crate::After;
 use crate::driver::{
-    BUFFERS, CONFIGURATION, DEVICES, Device, NOTIFY, QUEUE_SELECT, QUEUE_SIZE, STATUS, VERSION_1, WRITE,
+    BUFFERS, CONFIGURATION, DEVICES, DISK, Device, NOTIFY, QUEUE_SELECT, QUEUE_SIZE, STATUS, VERSION_1, WRITE,
 };
 use crate::machine::{Machine, PAGE, REGISTERS_SIZE, WINDOWS, map_physical};
 use crate::random::Random;
@@ -142,7 +142,7 @@ pub fn configuration_out_of_range(machine: &Machine, random: &mut Random) -> Aft
         }
     }
     // A device tells the same of itself as before, for nothing of it can be written.
-    let disk = Device::new(machine, 2);
+    let disk = Device::new(machine, DISK);
     assert_eq!(disk.get(CONFIGURATION), 1 << 31, "sectors of the disk");
     After::Devices
 }
