@@ -19,6 +19,7 @@ use picovm_vmm::devices::legacy::{ConsoleLog, Ports};
 use picovm_vmm::devices::trap::TrapState;
 use picovm_vmm::devices::virtio::block::FileBackend;
 use picovm_vmm::devices::virtio::console;
+use picovm_vmm::devices::virtio::fs::ShareBackend;
 use picovm_vmm::devices::virtio::slot::{Slot, SlotBackend, SlotState};
 use picovm_vmm::machine::MachineState;
 use picovm_vmm::template::{FORMAT_VERSION, FileRecord, Metadata, encode_metadata};
@@ -227,6 +228,7 @@ fn slots() -> Result<Vec<SlotState>, Anything> {
     let backends = [
         SlotBackend::Console(backend),
         SlotBackend::Entropy,
+        SlotBackend::Fs(ShareBackend::default()),
         SlotBackend::Block(FileBackend::open(disk.path(), true)?, "disk".into()),
     ];
     let mut states = Vec::new();

@@ -61,7 +61,7 @@ pub fn session(data: &[u8]) {
                     assert!(!session.is_live(process));
                     let _ = exit.shell_status();
                 }
-                Ok(Some(Event::OutOfMemory | Event::Started)) => {}
+                Ok(Some(Event::OutOfMemory | Event::Started | Event::Frozen)) => {}
                 Ok(None) => break,
                 Err(error) => {
                     assert!(!error.to_string().is_empty());
