@@ -1,10 +1,11 @@
 //! From `create` to `rm`.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use crate::{Container, output, picovm, refused, stderr, stdout, told, until};
+use crate::{Container, PATIENCE, output, picovm, refused, stderr, stdout, told, until};
 
 #[test]
 fn a_container_in_the_background_runs_until_it_is_stopped() {
@@ -222,6 +223,18 @@ fn many_commands_on_one_container_at_once_are_safe() {
     assert_eq!(container.shell("echo alive"), "alive");
 }
 
+/// The lines that a process writes, as they come.
+fn lines(child: &mut std::process::Child) -> Receiver<String> {
+    let (tell, told) = std::sync::mpsc::channel();
+    let output = BufReader::new(child.stdout.take().unwrap());
+    std::thread::spawn(move || {
+        for line in output.lines() {
+            let Ok(()) = tell.send(line.unwrap()) else { return };
+        }
+    });
+    told
+}
+
 #[test]
 fn who_attaches_sees_what_comes_and_may_say_something() {
     let script = "while read line; do echo \"got $line\"; done; echo over";
@@ -233,22 +246,28 @@ fn who_attaches_sees_what_comes_and_may_say_something() {
             .spawn()
             .unwrap()
     };
-    let mut first = attach();
-    let mut second = attach();
-    std::thread::sleep(Duration::from_millis(500));
-    first.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
-    for client in [&mut first, &mut second] {
-        let mut bytes = [0u8; 8];
-        client.stdout.as_mut().unwrap().read_exact(&mut bytes).unwrap();
-        assert_eq!(&bytes, b"got one\n");
-    }
+    let (mut first, mut second) = (attach(), attach());
+    let (from_first, from_second) = (lines(&mut first), lines(&mut second));
+    // Who is not connected yet misses what is said: it is said until the second one has heard of it.
+    let give_up = Instant::now() + PATIENCE;
+    let heard = loop {
+        first.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
+        match from_second.recv_timeout(Duration::from_millis(500)) {
+            Ok(line) => break line,
+            Err(_) => assert!(Instant::now() < give_up, "the second one hears nothing"),
+        }
+    };
+    assert_eq!(heard, "got one");
+    assert_eq!(from_first.recv_timeout(PATIENCE).unwrap(), "got one");
     // One that goes away takes nothing with it.
     first.kill().unwrap();
     first.wait().unwrap();
     second.stdin.as_mut().unwrap().write_all(b"two\n").unwrap();
-    let mut bytes = [0u8; 8];
-    second.stdout.as_mut().unwrap().read_exact(&mut bytes).unwrap();
-    assert_eq!(&bytes, b"got two\n");
+    let rest = std::iter::from_fn(|| from_second.recv_timeout(PATIENCE).ok());
+    assert_eq!(
+        rest.skip_while(|line| line == "got one").next().unwrap(),
+        "got two"
+    );
     told(&["kill", container.id()]);
     assert_eq!(second.wait().unwrap().code(), Some(137));
 }
