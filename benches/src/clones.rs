@@ -40,7 +40,7 @@ pub fn parked_first_instruction(template: &Template) -> anyhow::Result<[f64; 1]>
 /// Which pages the first instruction touches.
 pub fn record_first_instruction(template: &Template) -> anyhow::Result<WorkingSet> {
     let mut clone = template.fork(ForkOptions::default())?;
-    clone.watch_working_set();
+    clone.watch_working_set()?;
     trap_again(&mut clone)?;
     Ok(clone.working_set()?)
 }
@@ -129,7 +129,7 @@ pub fn start_and_listen(clone: &mut Machine) -> anyhow::Result<()> {
 /// Runs one container and looks which pages it has touched.
 pub fn record(template: &Template) -> anyhow::Result<WorkingSet> {
     let mut clone = with_identity(template)?;
-    clone.watch_working_set();
+    clone.watch_working_set()?;
     start_and_listen(&mut clone)?;
     Ok(clone.working_set()?)
 }

@@ -325,7 +325,9 @@ pub(crate) fn try_a_start(
         on_thread: filters.on_thread(),
         ..ForkOptions::default()
     })?;
-    machine.watch_working_set();
+    machine
+        .watch_working_set()
+        .map_err(EngineError::host("watch which pages a start touches"))?;
     filters.seal()?;
     let is_warm = template.metadata().notes.contains_key(NOTE_CONTAINER);
     let mut start = ContainerOptions::command(["sh", "-c", "echo"]).request();

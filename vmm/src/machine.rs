@@ -671,8 +671,15 @@ impl Machine {
     }
 
     /// Makes [`Machine::working_set`] exact, of a clone that has not run yet; see [`working_set::watch`].
-    pub fn watch_working_set(&self) {
-        working_set::watch(&self.memory);
+    ///
+    /// # Errors
+    /// As it says.
+    pub fn watch_working_set(&self) -> io::Result<()> {
+        match &self.origin {
+            Some(file) => working_set::watch(&self.memory, file),
+            // No page of it is a file's, and so none is mapped because its neighbour is read.
+            None => Ok(()),
+        }
     }
 
     /// Which pages of memory the machine has touched since it was forked.

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::memory::LARGE_PAGE;
+use crate::template::checksum;
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
@@ -77,41 +78,46 @@ fn total(list: &[Pages]) -> u64 {
 const LEFT: usize = 1024;
 
 /// Makes [`WorkingSet::of`] tell exactly which pages of a clone's memory are touched from now on: without it, the host maps
-/// up to 16 pages around one that is read. It costs a mapping of its own for each page that the template holds, so it is for a
-/// clone that is run to be looked at. Where the host has not so many (`vm.max_map_count`) it is exact as far as they go, and leaves
+/// up to 16 pages around one that is read. It costs a mapping of its own for each page that the template's memory file holds, so it is
+/// for a clone that is run to be looked at. Where the host has not so many (`vm.max_map_count`) it is exact as far as they go, and leaves
 /// 1,024 of them to the process.
+///
+/// # Errors
+/// As `lseek(2)`, by which the file tells what it holds. `mincore(2)` would tell only its owner.
 // Sizes and addresses of regions of this process.
 #[allow(clippy::arithmetic_side_effects)]
-pub fn watch(memory: &GuestMemoryMmap) {
+pub fn watch(memory: &GuestMemoryMmap, file: &File) -> io::Result<()> {
+    let bytes = memory.iter().fold(0, |sum, region| sum + region.len());
+    let held = checksum::data_ranges(file, bytes)?;
     let advise = |address: *mut u8, advice| {
         // SAFETY: a page of a live mapping of `memory`. The call changes no content.
         unsafe { libc::madvise(address.cast(), PAGE as usize, advice) == 0 }
     };
     let mut apart = Vec::new();
+    let mut begin = 0;
     for region in memory.iter() {
-        let start = region.as_ptr();
-        let mut resident = vec![0u8; (region.len() / PAGE) as usize];
-        // SAFETY: the range is a live mapping, and the vector has a byte for each of its pages.
-        if unsafe { libc::mincore(start.cast(), region.len() as usize, resident.as_mut_ptr()) } != 0 {
-            continue;
-        }
-        // The host looks around within a mapping only, and does not join neighbours that differ: so every other one is
-        // to be left out of a core dump.
-        for page in (0..resident.len())
-            .step_by(2)
-            .filter(|&page| resident.get(page).is_some_and(|bits| bits & 1 == 1))
-        {
-            let address = start.wrapping_add(page * PAGE as usize);
-            if !advise(address, libc::MADV_DONTDUMP) {
-                // There are none left, not even for the stack of one more thread. Each that is like its neighbours again frees two.
+        let end = begin + region.len();
+        for range in &held {
+            let (from, to) = (range.start.max(begin) / PAGE, range.end.min(end).div_ceil(PAGE));
+            // The host looks around within a mapping only, and does not join neighbours that differ: so every other one is
+            // to be left out of a core dump.
+            for page in (from..to).filter(|page| page % 2 == 0) {
+                let address = region.as_ptr().wrapping_add((page * PAGE - begin) as usize);
+                if advise(address, libc::MADV_DONTDUMP) {
+                    apart.push(address);
+                    continue;
+                }
+                // There are none left, not even for the stack of one more thread. Each page that is like its neighbours again
+                // frees two.
                 for &page in apart.iter().rev().take(LEFT / 2) {
                     advise(page, libc::MADV_DODUMP);
                 }
-                return;
+                return Ok(());
             }
-            apart.push(address);
         }
+        begin = end;
     }
+    Ok(())
 }
 
 impl WorkingSet {
@@ -332,7 +338,7 @@ mod tests {
         file.write_all_at(&vec![7; 1 << 20], 4 << 20).unwrap();
         file.set_len(32 << 20).unwrap();
         let memory = crate::memory::private(32, &file).unwrap();
-        watch(&memory);
+        watch(&memory, &file).unwrap();
         let pages = [1024u64, 1027, 1028, 1279];
         for page in pages {
             let _: u8 = memory.read_obj(GuestAddress(page * PAGE)).unwrap();

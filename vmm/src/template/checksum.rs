@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::SeekFrom;
@@ -47,9 +48,9 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     tail.iter().all(|byte| *byte == 0) && words.iter().all(|word| u128::from_ne_bytes(*word) == 0)
 }
 
-/// Chunks of a memory file that hold data, by their index: the others are holes.
-pub fn data_chunks(file: &File, bytes: u64) -> io::Result<BTreeSet<u64>> {
-    let mut chunks = BTreeSet::new();
+/// Where a memory file holds data, in bytes: the rest are holes. In pieces as the file system keeps them.
+pub fn data_ranges(file: &File, bytes: u64) -> io::Result<Vec<Range<u64>>> {
+    let mut ranges = Vec::new();
     let mut offset = 0u64;
     while offset < bytes {
         let data = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
@@ -59,10 +60,19 @@ pub fn data_chunks(file: &File, bytes: u64) -> io::Result<BTreeSet<u64>> {
             Err(error) => return Err(error.into()),
         };
         let hole = rustix::fs::seek(file, SeekFrom::Hole(data))?.min(bytes);
-        chunks.extend(data.div_euclid(CHUNK as u64)..hole.div_ceil(CHUNK as u64));
+        ranges.push(data..hole);
         offset = hole.max(data.saturating_add(1));
     }
-    Ok(chunks)
+    Ok(ranges)
+}
+
+/// Chunks of a memory file that hold data, by their index: the others are holes.
+pub fn data_chunks(file: &File, bytes: u64) -> io::Result<BTreeSet<u64>> {
+    let chunks = data_ranges(file, bytes)?;
+    Ok(chunks
+        .iter()
+        .flat_map(|data| data.start.div_euclid(CHUNK as u64)..data.end.div_ceil(CHUNK as u64))
+        .collect())
 }
 
 /// Reads a memory file as it is on disk, holes skipped, and returns its checksum.

@@ -22,7 +22,7 @@
     )
 )]
 
-mod checksum;
+pub(crate) mod checksum;
 mod draft;
 mod expected;
 mod format;
