@@ -1,4 +1,4 @@
-//! Each command of docs/containers.md, in its order.
+//! Each command of docs/containers.md and docs/templates.md, in its order.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -32,10 +32,19 @@ fn examples(page: &str) -> Vec<Example> {
 
 #[test]
 fn every_command_of_the_page_about_containers_works() {
-    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/containers.md");
+    every_command_works("containers.md", 40);
+}
+
+#[test]
+fn every_command_of_the_page_about_templates_works() {
+    every_command_works("templates.md", 10);
+}
+
+fn every_command_works(page: &str, at_least: usize) {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(page);
     let page = std::fs::read_to_string(page).expect("the page");
     let examples = examples(&page);
-    assert!(examples.len() > 40);
+    assert!(examples.len() >= at_least);
     let here = tempfile::tempdir().expect("a directory");
     let path = std::env::var_os("PATH").expect("PATH");
     let mut path: Vec<PathBuf> = std::env::split_paths(&path).collect();

@@ -10,6 +10,7 @@ mod logs;
 mod look;
 mod refused;
 mod terminal;
+mod warm;
 
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
