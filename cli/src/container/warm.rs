@@ -103,6 +103,7 @@ fn refuse(options: &CreateOptions) -> anyhow::Result<()> {
         (!process.cap_drop.is_empty(), "--cap-drop", running),
         (!process.security_opt.is_empty(), "--security-opt", running),
         (!files.tmpfs.is_empty(), "--tmpfs", running),
+        (!files.volume.is_empty(), "--volume", running),
         (!files.mount.is_empty(), "--mount", running),
         (files.read_only, "--read-only", running),
         (options.absent.shm_size.is_some(), "--shm-size", running),

@@ -91,6 +91,36 @@ impl NameFiles {
     }
 }
 
+/// Gives a running container another name: it was frozen as it ran, and these files may be the container's by now. What it has
+/// removed stays away, and of a root file system that nobody can write to the files stay as they were.
+pub fn rename(hostname: &str) -> Result<(), StartFailure> {
+    rename_in(Path::new("/etc"), hostname)
+}
+
+fn rename_in(etc: &Path, hostname: &str) -> Result<(), StartFailure> {
+    let rewrite = |name: &str, change: &dyn Fn(&str) -> String| {
+        let path = etc.join(name);
+        let written = fs::read_to_string(&path).and_then(|before| fs::write(&path, change(&before)));
+        match written {
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::InvalidData
+                ) =>
+            {
+                Err(because(&path.to_string_lossy(), &error))
+            }
+            _ => Ok(()),
+        }
+    };
+    rewrite("hostname", &|_| format!("{hostname}\n"))?;
+    rewrite("hosts", &|before| {
+        let others = before.lines().filter(|line| !line.starts_with(OWN_ADDRESS));
+        let others: String = others.flat_map(|line| [line, "\n"]).collect();
+        others + &own_line(hostname)
+    })
+}
+
 fn open(path: &Path) -> io::Result<File> {
     File::options().write(true).open(path)
 }
@@ -103,12 +133,14 @@ fn because(path: &str, error: &io::Error) -> StartFailure {
     )
 }
 
-/// The line by which a machine finds itself; with the short name, too, where a domain follows that. The address is Debian's for a
-/// machine that has none of its own.
+/// Debian's for a machine that has none of its own.
+const OWN_ADDRESS: &str = "127.0.1.1";
+
+/// The line by which a machine finds itself; with the short name, too, where a domain follows that.
 fn own_line(hostname: &str) -> String {
     match hostname.split_once('.') {
-        Some((short, _)) => format!("127.0.1.1\t{hostname} {short}\n"),
-        None => format!("127.0.1.1\t{hostname}\n"),
+        Some((short, _)) => format!("{OWN_ADDRESS}\t{hostname} {short}\n"),
+        None => format!("{OWN_ADDRESS}\t{hostname}\n"),
     }
 }
 
@@ -132,6 +164,23 @@ mod tests {
     fn a_name_with_a_domain_is_found_by_its_short_form_too() {
         assert_eq!(own_line("web"), "127.0.1.1\tweb\n");
         assert_eq!(own_line("web.example.org"), "127.0.1.1\tweb.example.org web\n");
+    }
+
+    #[test]
+    fn a_container_that_runs_gets_another_name_and_keeps_what_it_has_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name| directory.path().join(name);
+        fs::write(path("hostname"), "a-long-name\n").unwrap();
+        fs::write(path("hosts"), "1.1.1.1\tx\n127.0.1.1\ta-long-name\n2.2.2.2\ty\n").unwrap();
+        rename_in(directory.path(), "b").unwrap();
+        assert_eq!(fs::read_to_string(path("hostname")).unwrap(), "b\n");
+        assert_eq!(
+            fs::read_to_string(path("hosts")).unwrap(),
+            "1.1.1.1\tx\n2.2.2.2\ty\n127.0.1.1\tb\n"
+        );
+        fs::remove_file(path("hosts")).unwrap();
+        rename_in(directory.path(), "c").unwrap();
+        assert!(!path("hosts").exists());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Each command of docs/containers.md and docs/volumes.md, in its order.
+//! Each command of docs/containers.md, docs/volumes.md and docs/templates.md, in its order.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -38,6 +38,11 @@ fn every_command_of_the_page_about_containers_works() {
 #[test]
 fn every_command_of_the_page_about_volumes_works() {
     assert!(run_page("volumes.md") > 12);
+}
+
+#[test]
+fn every_command_of_the_page_about_templates_works() {
+    assert!(run_page("templates.md") > 9);
 }
 
 /// Runs the commands of a page, and tells how many they are.

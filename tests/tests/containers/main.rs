@@ -12,6 +12,7 @@ mod pool;
 mod refused;
 mod terminal;
 mod volumes;
+mod warm;
 
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;

@@ -22,6 +22,7 @@ use super::{Agent, AgentError, hooks};
 use crate::cgroup::Cgroup;
 use crate::container::{self, Ground};
 use crate::identity::{IdentityArea, Machine};
+use crate::names;
 use crate::start::failure;
 use crate::stub;
 use crate::trap::Trap;
@@ -143,6 +144,7 @@ impl Agent<'_> {
         self.hung_up = false;
         self.outgoing.writable = true;
         self.children_changed = true;
+        let hostname = identity.hostname;
         let spec = match identity.container {
             Some(spec) => Ok(spec),
             None => stub::receive(self.control()),
@@ -152,7 +154,7 @@ impl Agent<'_> {
         }
         let prepared = spec.and_then(|spec| {
             self.stays = spec.stay;
-            self.prepare_clone(&spec, &ground)?;
+            self.prepare_clone(&hostname, &spec, &ground)?;
             Ok(spec)
         });
         match prepared {
@@ -175,7 +177,13 @@ impl Agent<'_> {
     }
 
     /// Does what is the clone's own in the container, which still stands still.
-    fn prepare_clone(&mut self, spec: &ContainerSpec, ground: &Ground) -> Result<(), StartFailure> {
+    fn prepare_clone(
+        &mut self,
+        hostname: &str,
+        spec: &ContainerSpec,
+        ground: &Ground,
+    ) -> Result<(), StartFailure> {
+        names::rename(hostname)?;
         if !spec.hosts.is_empty() {
             container::add_hosts(&spec.hosts)?;
         }
