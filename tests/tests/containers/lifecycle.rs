@@ -263,11 +263,8 @@ fn who_attaches_sees_what_comes_and_may_say_something() {
     first.kill().unwrap();
     first.wait().unwrap();
     second.stdin.as_mut().unwrap().write_all(b"two\n").unwrap();
-    let rest = std::iter::from_fn(|| from_second.recv_timeout(PATIENCE).ok());
-    assert_eq!(
-        rest.skip_while(|line| line == "got one").next().unwrap(),
-        "got two"
-    );
+    let mut rest = std::iter::from_fn(|| from_second.recv_timeout(PATIENCE).ok());
+    assert_eq!(rest.find(|line| line != "got one").unwrap(), "got two");
     told(&["kill", container.id()]);
     assert_eq!(second.wait().unwrap().code(), Some(137));
 }

@@ -214,8 +214,9 @@ impl<'m> Monitor<'m> {
         let ending = loop {
             let began = Instant::now();
             let ending = self.run_once();
-            self.tell_end(&ending);
-            if !self.restarts(&ending) {
+            let again = self.restarts(&ending);
+            self.tell_end(&ending, again);
+            if !again {
                 break ending;
             }
             // Its clone is taken down before the next one is made.
@@ -223,10 +224,7 @@ impl<'m> Monitor<'m> {
             if began.elapsed() > RAN_WELL {
                 backoff = BACKOFF.0;
             }
-            self.change(|state| {
-                state.status = Status::Restarting;
-                state.restarts = state.restarts.saturating_add(1);
-            });
+            self.change(|state| state.restarts = state.restarts.saturating_add(1));
             // Those who waited for its end have seen it; those who watch its output go on.
             self.answer_waiting(&ending);
             let until = Instant::now() + backoff;
@@ -263,8 +261,9 @@ impl<'m> Monitor<'m> {
         }
     }
 
-    /// The end of a run is written down.
-    fn tell_end(&mut self, ending: &Ending) {
+    /// The end of a run is written down. A container that is started again does not count as ended in between, or who wants to stop
+    /// it would find nothing to do.
+    fn tell_end(&mut self, ending: &Ending, again: bool) {
         if let Err(error) = self.log.finish() {
             tracing::warn!("cannot write the log of container {}: {error}", self.record.name);
         }
@@ -275,7 +274,7 @@ impl<'m> Monitor<'m> {
         let ending = ending.clone();
         let code = ending.code;
         self.change(|state| {
-            state.status = Status::Exited;
+            state.status = if again { Status::Restarting } else { Status::Exited };
             state.pid = 0;
             state.finished = Some(Utc::now());
             state.exit_code = ending.code;
