@@ -10,10 +10,9 @@
 //! A container that got its clone from a pool does not depend on the pool's process: its VMM process is a child of the pool's fork
 //! server, which goes on until the last of them has ended.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -224,14 +223,8 @@ impl Pools {
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
         let directory = self.directory(&id);
-        if !directory.is_dir() {
-            // Who takes a clone runs what he likes in it.
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&directory)
-                .map_err(EngineError::store("create", &directory))?;
-        }
+        // Who takes a clone runs what he likes in it.
+        store::make_private(&directory)?;
         let Some(lock) = Lock::try_take(&directory.join(LOCK))? else {
             self.request(&id, &ToPool::Resize(wanted))?;
             return self.status(&id)?.ok_or(EngineError::NoPool { id });

@@ -19,6 +19,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::EngineError;
@@ -127,6 +128,18 @@ fn root_for(variable: impl Fn(&str) -> Option<PathBuf>, is_root: bool) -> PathBu
         .or_else(|| variable("HOME").map(|home| home.join(".local/share")))
         .unwrap_or_else(std::env::temp_dir)
         .join("picovm")
+}
+
+/// Makes a directory, with those above it, that is nobody else's; one that is there is left as it is.
+pub(crate) fn make_private(directory: &Path) -> Result<(), EngineError> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(EngineError::store("create", directory))
 }
 
 /// Writes a small file as a whole or not at all.

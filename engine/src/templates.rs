@@ -36,8 +36,8 @@ const WARM_TRY: Duration = Duration::from_millis(300);
 /// sizes. What is behind an image's end reads as zeros, and its file system knows where it ends.
 const IMAGE_SECTORS: u64 = 1 << 31;
 
-pub(crate) const NOTE_IMAGE: &str = "image";
-pub(crate) const NOTE_DIGEST: &str = "image-digest";
+const NOTE_IMAGE: &str = "image";
+const NOTE_DIGEST: &str = "image-digest";
 
 /// What a template is built from.
 #[derive(Clone, Debug)]
@@ -228,7 +228,7 @@ fn boot_base(
 }
 
 /// An image as every guest sees it.
-pub(crate) fn image_disk(image: &Image) -> Disk {
+fn image_disk(image: &Image) -> Disk {
     Disk {
         sectors: Some(IMAGE_SECTORS),
         ..Disk::read_only(&image.file)
@@ -262,10 +262,21 @@ fn take_image(
             });
         },
     )?;
-    let notes = BTreeMap::from([
-        (NOTE_IMAGE.to_owned(), image.shown()),
-        (NOTE_DIGEST.to_owned(), image.digest.clone()),
-    ]);
+    complete(draft, BTreeMap::new(), spec, base, &mut maker)
+}
+
+/// Makes a template of what a maker has written: a clone of `base` that has the image in it, with what there is to note beside that.
+/// Containers are run in it, to learn which pages a start touches.
+pub(crate) fn complete(
+    draft: Draft,
+    mut notes: BTreeMap<String, String>,
+    spec: &TemplateSpec,
+    base: &Template,
+    maker: &mut Maker,
+) -> Result<Template, EngineError> {
+    let image = &spec.image;
+    notes.insert(NOTE_IMAGE.to_owned(), image.shown());
+    notes.insert(NOTE_DIGEST.to_owned(), image.digest.clone());
     let expected = Expected {
         memory_mib: spec.memory_mib,
         vcpus: spec.vcpus,
@@ -273,7 +284,7 @@ fn take_image(
         base: Some(base),
     };
     let mut template = draft.seal(notes, Some(&expected))?;
-    match try_starts(&template, &mut maker) {
+    match try_starts(&template, maker) {
         Ok(set) => template.record_working_set(set),
         // An image without a shell, or a host without /proc: a template is as good without, only its pools are slower.
         Err(error) => tracing::warn!(%error, "cannot record which pages a start touches"),
@@ -287,7 +298,7 @@ const TRIES: usize = 3;
 const TOUCHED_MAX: u64 = 1 << 20;
 
 /// Has containers run, to learn which pages a start touches.
-pub(crate) fn try_starts(template: &Template, maker: &mut Maker) -> Result<WorkingSet, EngineError> {
+fn try_starts(template: &Template, maker: &mut Maker) -> Result<WorkingSet, EngineError> {
     (0..TRIES).try_fold(WorkingSet::default(), |set, _| {
         Ok(set.union(&watch_a_start(template, maker)?))
     })

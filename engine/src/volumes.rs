@@ -49,15 +49,8 @@ impl Store {
     /// # Errors
     /// [`EngineError::Store`].
     pub fn volumes(&self) -> Result<Volumes, EngineError> {
-        let directory = self.volumes_directory();
-        if !directory.is_dir() {
-            // What is in them belongs to users of containers, whose numbers mean others here.
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&directory)
-                .map_err(EngineError::store("create", &directory))?;
-        }
+        // What is in them belongs to users of containers, whose numbers mean others here.
+        store::make_private(&self.volumes_directory())?;
         Ok(Volumes { store: self.clone() })
     }
 }

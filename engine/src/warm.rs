@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use picovm_vmm::{Draft, Expected, Template};
+use picovm_vmm::{Draft, Template};
 
 use crate::confinement::Confinement;
 use crate::containers::ContainerConfig;
@@ -14,9 +14,7 @@ use crate::error::EngineError;
 use crate::guest::GuestFiles;
 use crate::maker::{Maker, Order};
 use crate::store::Store;
-use crate::templates::{
-    NOTE_DIGEST, NOTE_IMAGE, Report, StoredTemplate, TemplateProgress, TemplateSpec, image_disk, try_starts,
-};
+use crate::templates::{Report, StoredTemplate, TemplateProgress, TemplateSpec, complete};
 use crate::warming::{Until, pattern};
 
 /// Name of a warm template.
@@ -188,27 +186,14 @@ fn warm_up(
             })
         },
     )?;
-    let disk = image_disk(&spec.template.image);
-    let expected = Expected {
-        memory_mib: spec.template.memory_mib,
-        vcpus: spec.template.vcpus,
-        disks: &[disk],
-        base: Some(image),
-    };
     let mut notes = BTreeMap::from([
-        (NOTE_IMAGE.to_owned(), spec.template.image.shown()),
-        (NOTE_DIGEST.to_owned(), spec.template.image.digest.clone()),
         (NOTE_CONTAINER.to_owned(), container.to_owned()),
         (NOTE_UNTIL.to_owned(), spec.until.to_string()),
     ]);
     if let Some(name) = &spec.name {
         notes.insert(NOTE_NAME.to_owned(), name.clone());
     }
-    let mut template = draft.seal(notes, Some(&expected))?;
-    match try_starts(&template, &mut maker) {
-        Ok(set) => template.record_working_set(set),
-        Err(error) => tracing::warn!(%error, "cannot record which pages a start touches"),
-    }
+    let template = complete(draft, notes, &spec.template, image, &mut maker)?;
     progress(TemplateProgress::Built {
         took: start.elapsed(),
         data_bytes: template.metadata().memory_data_bytes,

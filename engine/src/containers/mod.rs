@@ -72,15 +72,8 @@ impl Store {
     /// # Errors
     /// [`EngineError::Store`].
     pub fn containers(&self) -> Result<Containers, EngineError> {
-        let directory = self.containers_directory();
-        if !directory.is_dir() {
-            // Logs and sockets of containers are nobody else's.
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&directory)
-                .map_err(EngineError::store("create", &directory))?;
-        }
+        // Logs and sockets of containers are nobody else's.
+        store::make_private(&self.containers_directory())?;
         Ok(Containers { store: self.clone() })
     }
 }
