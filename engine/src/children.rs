@@ -14,6 +14,17 @@ use crate::confinement::VmmProcess;
 /// that its guest has taken over, or that was stopped, may not want to.
 const END_MAX: Duration = Duration::from_secs(5);
 
+/// Why a wait has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// The pool has said something.
+    Pool,
+    /// The moment has come.
+    Time,
+    /// Something else has happened.
+    Nothing,
+}
+
 /// The VMM processes of a fork server.
 #[derive(Default)]
 pub(crate) struct Children(Vec<Child>);
@@ -40,9 +51,17 @@ impl Children {
         });
     }
 
-    /// Waits until the pool has said something, a child has ended, which then is reaped, or one was left by its user; whether it
-    /// is the pool.
-    pub(crate) fn wait(&mut self, control: Option<&UnixStream>) -> io::Result<bool> {
+    /// In a child of this process, which has copies of all: none of these is its own.
+    pub(crate) fn leave(&mut self) {
+        for child in self.0.drain(..) {
+            // Dropping it would end it.
+            std::mem::forget(child.process);
+        }
+    }
+
+    /// Waits until the pool has said something, a child has ended, which then is reaped, one was left by its user, or this moment
+    /// has come.
+    pub(crate) fn wait(&mut self, control: Option<&UnixStream>, due: Option<Instant>) -> io::Result<Asked> {
         let mut fds: Vec<PollFd<'_>> = self
             .0
             .iter()
@@ -54,9 +73,9 @@ impl Children {
         }
         fds.extend(control.map(|control| PollFd::new(control, PollFlags::IN)));
         if fds.is_empty() {
-            return Ok(false);
+            return Ok(Asked::Nothing);
         }
-        let first = self.0.iter().filter_map(|child| child.until).min();
+        let first = self.0.iter().filter_map(|child| child.until).chain(due).min();
         let timeout = first.map(|first| timespec(first.saturating_duration_since(Instant::now())));
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -88,7 +107,11 @@ impl Children {
             process.wait();
             drop(socket);
         }
-        Ok(asked)
+        Ok(match asked {
+            true => Asked::Pool,
+            false if due.is_some_and(|due| due <= now) => Asked::Time,
+            false => Asked::Nothing,
+        })
     }
 }
 
@@ -138,19 +161,19 @@ mod tests {
         let begun = Instant::now();
         drop(unwanted);
         while children.0.len() == 2 {
-            assert!(!children.wait(Some(&control)).unwrap());
+            assert_eq!(children.wait(Some(&control), None).unwrap(), Asked::Nothing);
             assert!(begun.elapsed() < END_MAX * 3);
         }
         assert!(begun.elapsed() >= END_MAX);
         assert!(children.0.iter().all(|child| child.until.is_none()));
         drop(theirs);
-        assert!(children.wait(Some(&control)).unwrap());
+        assert_eq!(children.wait(Some(&control), None).unwrap(), Asked::Pool);
         // The test's own.
         for child in &mut children.0 {
             child.process.kill();
         }
         while !children.is_empty() {
-            children.wait(None).unwrap();
+            children.wait(None, None).unwrap();
         }
         drop(wanted);
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use picovm_jailer::{
     Cgroup, Ended, Filters, Jail, Jailer, Mode, Policy, Resource, Seccomp, SeccompMode, ThreadKind,
 };
-use picovm_vmm::{OnThread, Template};
+use picovm_vmm::{OnThread, Template, Threads};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, pidfd_send_signal, waitid,
@@ -181,7 +181,12 @@ impl ThreadFilters {
         Self(Some(filters.clone()))
     }
 
-    /// For the threads of its machine.
+    /// Threads for its machine, each of which confines itself.
+    pub(crate) fn threads(&self) -> Threads {
+        Threads::calling(self.on_thread())
+    }
+
+    /// What a thread of its machine does first.
     pub(crate) fn on_thread(&self) -> Option<OnThread> {
         let filters = self.0.clone()?;
         Some(Arc::new(move |kind| {

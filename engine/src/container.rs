@@ -279,7 +279,7 @@ impl Container {
         let machine = template.fork(ForkOptions {
             identity: std::mem::take(&mut identified.identity),
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
-            on_thread: filters.on_thread(),
+            threads: filters.threads(),
             isolate_memory: options.isolate_memory,
             share: share::once_more(share)?,
             ..ForkOptions::default()

@@ -21,6 +21,7 @@ pub mod containers;
 mod density;
 mod error;
 pub mod figures;
+mod fork_server;
 mod forked;
 mod guest;
 mod images;
@@ -51,6 +52,7 @@ pub use confinement::Confinement;
 pub use container::{Container, ContainerOptions};
 pub use density::{Density, DensityPoint, DensityProgress};
 pub use error::EngineError;
+pub use fork_server::serve as serve_pool;
 pub use guest::GuestFiles;
 pub use images::{
     Collected, Commit, Digest, Healthcheck, History, Image, ImageActivity, ImageConfig, ImageName,
@@ -75,6 +77,5 @@ pub use session::{Event, Session};
 pub use share::Shared;
 pub use store::Store;
 pub use templates::{StoredTemplate, TemplateProgress, TemplateSpec};
-pub use vmm_process::serve as serve_pool;
 pub use warm::WarmSpec;
 pub use warming::Until;

@@ -257,7 +257,7 @@ fn boot(
     pagemap: Option<File>,
     say: &OwnedFd,
 ) -> Result<(), EngineError> {
-    let machine = Machine::boot_from(config, sources, filters.on_thread())?;
+    let machine = Machine::boot_from(config, sources, filters.threads())?;
     freeze(machine, files, filters, pagemap, say)
 }
 
@@ -270,7 +270,7 @@ fn take_image(
     say: &OwnedFd,
 ) -> Result<(), EngineError> {
     let machine = base.fork(ForkOptions {
-        on_thread: filters.on_thread(),
+        threads: filters.threads(),
         ..ForkOptions::default()
     })?;
     freeze(machine, files, filters, pagemap, say)
@@ -289,7 +289,7 @@ fn warm_up(
     say: &OwnedFd,
 ) -> Result<(), EngineError> {
     let mut machine = template.fork(ForkOptions {
-        on_thread: filters.on_thread(),
+        threads: filters.threads(),
         ..ForkOptions::default()
     })?;
     machine.prepare_save()?;

@@ -333,7 +333,7 @@ pub(crate) fn try_a_start(
     null: &File,
 ) -> Result<WorkingSet, EngineError> {
     let machine = template.fork(ForkOptions {
-        on_thread: filters.on_thread(),
+        threads: filters.threads(),
         ..ForkOptions::default()
     })?;
     machine

@@ -1,93 +1,21 @@
-//! The VMM process of one container, and the fork server of which it is a child.
-//!
-//! The server opens a template once and then only forks: a VMM process is a `fork(2)` of a process that has everything
-//! open, and no `execve(2)`. Each parks a clone, tells so, and waits. It ends with its container, or when nobody is left
-//! who could start it.
+//! The life of a VMM process: of one that waits for an order, parks a clone and waits for its container, and of one whose container
+//! is known from the start. It ends with its container, or when nobody is left who could start it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::sync::Arc;
 
 use picovm_guest_protocol::frame::MAIN;
-use picovm_vmm::{ForkOptions, Template};
+use picovm_vmm::{ForkOptions, Machine, Template, Threads};
 
 use crate::attach::Wake;
-use crate::children::{self, Children};
-use crate::confinement::{Confinement, Forker, ThreadFilters};
+use crate::confinement::ThreadFilters;
 use crate::container::{Container, ContainerOptions, Start};
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 use crate::scheduling::{self, Batch};
 use crate::serve::{Command, Director, News, Service};
 use crate::streams::{Channel, Descriptor};
-
-/// Serves a pool of one template: forks a VMM process whenever the pool asks for one, until the pool closes `control`; then it
-/// waits for the last of them.
-///
-/// To be called by a process that has one thread and nothing else to do: `picovm-vmm`.
-///
-/// # Errors
-/// [`EngineError::Template`] if the template cannot be opened; [`EngineError::Jail`]; [`EngineError::Host`].
-pub fn serve(template: &Path, control: OwnedFd, confinement: Confinement) -> Result<(), EngineError> {
-    let failed = EngineError::host;
-    // Out of the terminal's process group: Ctrl-C is for who uses the pool.
-    let _ = rustix::process::setsid();
-    let control = UnixStream::from(control);
-    children::raise_open_files();
-    let prepared = Template::open(template)
-        .map_err(EngineError::from)
-        .and_then(|template| {
-            let mut forker = Forker::new(&template, confinement)?;
-            forker.become_server()?;
-            Ok((template, forker))
-        });
-    let (template, mut forker) = match prepared {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            let _ = messages::send(&control, &FromVmm::Failed(error.to_string()), &[]);
-            return Err(error);
-        }
-    };
-    let mut control = Some(control);
-    let mut children = Children::default();
-    loop {
-        let asked = children
-            .wait(control.as_ref())
-            .map_err(failed("wait for the pool"))?;
-        if !asked {
-            if control.is_none() && children.is_empty() {
-                return Ok(());
-            }
-            continue;
-        }
-        let told = match &control {
-            Some(open) => messages::receive(open).map_err(failed("receive from the pool"))?,
-            None => None,
-        };
-        let Some((ToServer::Fork(parking), descriptors)) = told else {
-            control = None;
-            continue;
-        };
-        let Some(socket) = descriptors.into_iter().next() else {
-            continue;
-        };
-        let socket = UnixStream::from(socket);
-        let forked = forker.fork(&template, &[socket.as_fd(), rustix::stdio::stderr()], |filters| {
-            // Its other end is how the pool notices that its server has ended.
-            control = None;
-            tell_failure(&socket, park_and_run(&template, parking, &socket, filters));
-        });
-        match forked {
-            Ok(child) => children.push(child, socket),
-            Err(error) => {
-                // Without the answer the pool sees that the socket is closed.
-                let _ = messages::send(&socket, &FromVmm::Failed(error.to_string()), &[]);
-            }
-        }
-    }
-}
 
 fn tell_failure(socket: &UnixStream, ended: Result<(), EngineError>) {
     if let Err(error) = ended {
@@ -110,32 +38,104 @@ pub(crate) fn run_at_once(
     tell_failure(socket, ended);
 }
 
-/// Forks a clone, parks it, and runs the container that comes, if one does.
+/// The life of a VMM process that was forked before anybody asked for it: it waits for its order at this socket, parks a clone,
+/// and runs the container that comes, if one does.
+///
+/// When the order comes, nothing of the jail is left to be done: the threads of the machine are there, each under the filter of
+/// its kind, and so is this one. The machine is made by one more, which has what setting up a VMM needs, and has ended before
+/// the guest runs.
+pub(crate) fn wait_and_run(template: &Template, orders: &UnixStream, filters: &ThreadFilters) {
+    match make_ahead(template, orders, filters) {
+        Ok(Some(Made {
+            socket,
+            parking,
+            machine,
+        })) => {
+            let ended = machine.and_then(|machine| park_and_run(template, parking, machine, &socket));
+            tell_failure(&socket, ended);
+        }
+        // Nobody is left who could order one.
+        Ok(None) => {}
+        // There is nobody to hear it but who reads the fork server's messages; the pool sees that its clone's socket is closed.
+        Err(error) => eprintln!("picovm: a VMM process that was to wait for a container: {error}"),
+    }
+}
+
+/// What came of an order: who gave it, and the machine.
+struct Made {
+    socket: UnixStream,
+    parking: Parking,
+    machine: Result<Machine, EngineError>,
+}
+
+fn make_ahead(
+    template: &Template,
+    orders: &UnixStream,
+    filters: &ThreadFilters,
+) -> Result<Option<Made>, EngineError> {
+    let threads = Threads::ahead(template.metadata().vcpus, filters.on_thread())
+        .map_err(EngineError::host("start the threads of a machine"))?;
+    std::thread::scope(|scope| {
+        let maker = std::thread::Builder::new()
+            .name(MAKER.into())
+            .stack_size(MAKER_STACK)
+            .spawn_scoped(scope, || obey(template, orders, threads))
+            .map_err(EngineError::host("start the thread that makes a machine"))?;
+        if let Err(error) = filters.seal() {
+            // The other thread would go on, and no guest may run in this process.
+            eprintln!("picovm: {error}");
+            std::process::abort();
+        }
+        match maker.join() {
+            Ok(made) => made,
+            Err(_) => Err(EngineError::host("make a machine")(io::ErrorKind::Other.into())),
+        }
+    })
+}
+
+/// Name of the thread that makes a machine: who has it has none yet.
+pub(crate) const MAKER: &str = "maker";
+/// Its stack in bytes.
+const MAKER_STACK: usize = 256 << 10;
+
+/// Waits for the order, and makes the machine.
+fn obey(template: &Template, orders: &UnixStream, threads: Threads) -> Result<Option<Made>, EngineError> {
+    let order = messages::receive(orders).map_err(EngineError::host("receive what to park"))?;
+    let Some((ToServer::Fork(parking), descriptors)) = order else {
+        return Ok(None);
+    };
+    let Some(socket) = descriptors.into_iter().next().map(UnixStream::from) else {
+        return Ok(None);
+    };
+    let machine = park(template, parking, threads);
+    Ok(Some(Made {
+        socket,
+        parking,
+        machine,
+    }))
+}
+
+/// Forks a clone, as ready as it is to be.
+fn park(template: &Template, parking: Parking, threads: Threads) -> Result<Machine, EngineError> {
+    let _batch = Batch::begin();
+    let mut machine = template.fork(ForkOptions {
+        threads,
+        ..ForkOptions::default()
+    })?;
+    if let (Parking::Prefaulted, Some(set)) = (parking, template.working_set()) {
+        machine.prefault(set)?;
+    }
+    Ok(machine)
+}
+
+/// Waits for a container for a parked clone, and runs it.
 fn park_and_run(
     template: &Template,
     parking: Parking,
+    machine: Machine,
     socket: &UnixStream,
-    filters: &ThreadFilters,
 ) -> Result<(), EngineError> {
     let failed = EngineError::host;
-    let machine = {
-        let _batch = Batch::begin();
-        let confine = filters.on_thread();
-        let mut machine = template.fork(ForkOptions {
-            on_thread: Some(Arc::new(move |kind| {
-                scheduling::end_batch();
-                if let Some(confine) = &confine {
-                    confine(kind);
-                }
-            })),
-            ..ForkOptions::default()
-        })?;
-        if let (Parking::Prefaulted, Some(set)) = (parking, template.working_set()) {
-            machine.prefault(set)?;
-        }
-        machine
-    };
-    filters.seal()?;
     messages::send(socket, &FromVmm::Parked, &[]).map_err(failed("tell the pool of a parked clone"))?;
 
     let start = messages::receive(socket).map_err(failed("receive what to run"))?;

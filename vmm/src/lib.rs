@@ -36,5 +36,5 @@ pub mod working_set;
 pub use config::{Disk, MachineConfig};
 pub use machine::{BootFiles, Machine, MachineError, Outcome};
 pub use template::{Draft, Expected, ForkOptions, FreezeOptions, FrozenFiles, Template, TemplateError};
-pub use threads::{OnThread, ThreadKind};
+pub use threads::{OnThread, ThreadKind, Threads};
 pub use working_set::WorkingSet;

@@ -44,7 +44,7 @@ use crate::devices::virtio::console;
 use crate::devices::virtio::fs::ShareBackend;
 use crate::devices::virtio::slot::{Slot, SlotBackend, SlotState};
 use crate::memory::{self, MemoryError};
-use crate::threads::{DeviceThread, ExitCounters, ExitCounts, OnThread, Stop, VcpuContext, VcpuThread};
+use crate::threads::{DeviceThread, ExitCounters, ExitCounts, Stop, Threads, VcpuContext, VcpuThread};
 use crate::vcpu::{self, Msr, MsrList, VcpuError, VcpuState};
 use crate::vm::{self, VmError, VmState};
 use crate::working_set::{self, WorkingSet};
@@ -152,8 +152,8 @@ pub struct Backends {
     pub share: Option<OwnedFd>,
     /// Where console output goes.
     pub console_log: Option<File>,
-    /// Called first thing in each of its threads.
-    pub on_thread: Option<OnThread>,
+    /// Where its threads come from.
+    pub threads: Threads,
     /// The file that the memory is a private mapping of, if it is.
     pub memory_file: Option<Arc<File>>,
 }
@@ -257,17 +257,17 @@ impl Machine {
     /// # Errors
     /// [`MachineError`] names what is wrong; nothing is left behind.
     pub fn boot(config: &MachineConfig) -> Result<Self, MachineError> {
-        Self::boot_from(config, BootFiles::open(config)?, None)
+        Self::boot_from(config, BootFiles::open(config)?, Threads::default())
     }
 
-    /// As [`Machine::boot`], from files that are open already; `on_thread` is called first thing in each of its threads.
+    /// As [`Machine::boot`], from files that are open already, with threads from here.
     ///
     /// # Errors
     /// As [`Machine::boot`].
     pub fn boot_from(
         config: &MachineConfig,
         files: BootFiles,
-        on_thread: Option<OnThread>,
+        threads: Threads,
     ) -> Result<Self, MachineError> {
         config.check()?;
         let kvm = files.kvm;
@@ -336,7 +336,7 @@ impl Machine {
             vcpus,
             clock: None,
             origin: None,
-            on_thread,
+            threads,
         };
         Self::assemble(parts)
     }
@@ -410,7 +410,7 @@ impl Machine {
             vcpus,
             clock: Some(state.vm.clock),
             origin: own.memory_file,
-            on_thread: own.on_thread,
+            threads: own.threads,
         };
         Self::assemble(parts)
     }
@@ -426,7 +426,8 @@ impl Machine {
             EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(host("create an eventfd"))?;
         let stopped = Arc::new(stopped);
         let exits = Arc::new(ExitCounters::default());
-        let mut threads = Vec::with_capacity(parts.vcpus.len());
+        let mut threads = parts.threads;
+        let mut vcpus = Vec::with_capacity(parts.vcpus.len());
         for (index, (vcpu, time)) in (0u8..).zip(parts.vcpus) {
             let context = VcpuContext {
                 index,
@@ -435,15 +436,15 @@ impl Machine {
                 stopped: stopped.clone(),
                 exits: exits.clone(),
                 time,
-                on_thread: parts.on_thread.clone(),
             };
-            threads.push(VcpuThread::spawn(vcpu, context).map_err(host("start a vCPU's thread"))?);
+            vcpus
+                .push(VcpuThread::begin(&mut threads, vcpu, context).map_err(host("start a vCPU's thread"))?);
         }
         let device_thread =
-            DeviceThread::spawn(&devices, parts.on_thread).map_err(host("start the device thread"))?;
+            DeviceThread::begin(&mut threads, &devices).map_err(host("start the device thread"))?;
         Ok(Self {
-            running: vec![false; threads.len()],
-            vcpus: threads,
+            running: vec![false; vcpus.len()],
+            vcpus,
             device_thread: Some(device_thread),
             devices,
             kvm: parts.kvm,
@@ -785,7 +786,7 @@ struct Parts {
     vcpus: Vec<(VcpuFd, Option<Vec<Msr>>)>,
     clock: Option<kvm_clock_data>,
     origin: Option<Arc<File>>,
-    on_thread: Option<OnThread>,
+    threads: Threads,
 }
 
 fn ioctl<T>(

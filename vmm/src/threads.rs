@@ -1,18 +1,22 @@
 //! The threads of a machine: one for each vCPU, which also serves the devices that its guest talks to, and one for
 //! what comes from the backends.
 
+mod ahead;
+
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use tracing::{debug, warn};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
+use vmm_sys_util::signal::{Killable, SIGRTMIN};
+
+use ahead::Waiting;
+pub use ahead::{OnThread, ThreadKind, Threads};
 
 use crate::devices::bus::{Devices, Unfinished};
 use crate::devices::trap::TrapAction;
@@ -33,18 +37,6 @@ pub enum Stop {
     /// KVM cannot go on.
     Crash(String),
 }
-
-/// What a thread of a machine does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ThreadKind {
-    /// Runs a vCPU, and serves the devices that its guest talks to.
-    Vcpu,
-    /// Waits for what comes from the backends.
-    Device,
-}
-
-/// Called first thing in a thread of a machine. It has no way to refuse: who cannot do without what it does ends the process.
-pub type OnThread = Arc<dyn Fn(ThreadKind) + Send + Sync>;
 
 /// How often a machine's vCPUs came back to user space, by reason.
 #[derive(Debug, Default)]
@@ -115,7 +107,7 @@ impl Kick {
 
 /// A vCPU's thread, seen from its machine. Dropping it ends the thread.
 pub struct VcpuThread {
-    thread: Option<JoinHandle<()>>,
+    thread: Waiting<VcpuWork>,
     commands: Option<Sender<Command>>,
     kick: Arc<Kick>,
 }
@@ -134,51 +126,51 @@ pub struct VcpuContext {
     pub exits: Arc<ExitCounters>,
     /// Time to load when it first runs; see [`VcpuState::time`].
     pub time: Option<Vec<Msr>>,
-    /// Called before anything else.
-    pub on_thread: Option<OnThread>,
+}
+
+/// What a vCPU's thread waits for.
+struct VcpuWork {
+    vcpu: VcpuFd,
+    context: VcpuContext,
+    kick: Arc<Kick>,
+    inbox: Receiver<Command>,
+}
+
+impl VcpuWork {
+    fn run(mut self) {
+        serve(&mut self.vcpu, &mut self.context, &self.kick, &self.inbox);
+        let _alive = self.kick.alive.lock().unwrap_or_else(PoisonError::into_inner);
+        self.kick
+            .immediate_exit
+            .store(std::ptr::null_mut(), Ordering::Relaxed);
+    }
 }
 
 fn kick_signal() -> i32 {
     SIGRTMIN()
 }
 
-extern "C" fn do_nothing(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-
 impl VcpuThread {
-    /// Starts the thread; the vCPU does not run yet.
+    /// Gives a thread its vCPU, which does not run yet.
     ///
     /// # Errors
     /// As thread creation.
-    pub fn spawn(mut vcpu: VcpuFd, mut context: VcpuContext) -> std::io::Result<Self> {
-        static HANDLER: OnceLock<Result<(), i32>> = OnceLock::new();
-        HANDLER
-            .get_or_init(|| register_signal_handler(kick_signal(), do_nothing).map_err(|error| error.errno()))
-            .map_err(std::io::Error::from_raw_os_error)?;
-
+    pub fn begin(threads: &mut Threads, mut vcpu: VcpuFd, context: VcpuContext) -> std::io::Result<Self> {
         let kick = Arc::new(Kick::default());
         let run: *mut kvm_bindings::kvm_run = vcpu.get_kvm_run();
         // SAFETY: only the field's address is taken, of a page that lives as long as the vCPU.
         kick.immediate_exit
             .store(unsafe { &raw mut (*run).immediate_exit }, Ordering::Relaxed);
         let (commands, inbox) = channel();
-        let thread = {
-            let kick = kick.clone();
-            std::thread::Builder::new()
-                .name(format!("vcpu{}", context.index))
-                .stack_size(256 << 10)
-                .spawn(move || {
-                    // The mask is that of who made the machine, and a blocked signal does not interrupt KVM_RUN.
-                    if let Err(error) = unblock_signal(kick_signal()) {
-                        warn!(%error, "a pause may not reach a vCPU");
-                    }
-                    begin(context.on_thread.as_ref(), ThreadKind::Vcpu);
-                    serve(&mut vcpu, &mut context, &kick, &inbox);
-                    let _alive = kick.alive.lock().unwrap_or_else(PoisonError::into_inner);
-                    kick.immediate_exit.store(std::ptr::null_mut(), Ordering::Relaxed);
-                })?
-        };
+        let mut thread = threads.vcpu(context.index)?;
+        thread.give(VcpuWork {
+            vcpu,
+            context,
+            kick: kick.clone(),
+            inbox,
+        });
         Ok(Self {
-            thread: Some(thread),
+            thread,
             commands: Some(commands),
             kick,
         })
@@ -196,7 +188,7 @@ impl VcpuThread {
     pub fn pause(&self) {
         self.kick.wanted.store(true, Ordering::SeqCst);
         self.kick.set_immediate_exit(1);
-        if let Some(thread) = &self.thread
+        if let Some(thread) = self.thread.handle()
             && let Err(error) = thread.kill(kick_signal())
         {
             debug!(%error, "the vCPU's thread has ended");
@@ -232,18 +224,7 @@ impl Drop for VcpuThread {
     fn drop(&mut self) {
         self.commands = None;
         self.pause();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            warn!("a vCPU's thread panicked");
-        }
-    }
-}
-
-/// Calls what is to be called first in a thread.
-fn begin(on_thread: Option<&OnThread>, kind: ThreadKind) {
-    if let Some(call) = on_thread {
-        call(kind);
+        self.thread.join("a vCPU's thread");
     }
 }
 
@@ -388,8 +369,25 @@ fn complete(vcpu: &mut VcpuFd, kick: &Kick) -> Stop {
 
 /// The thread that waits for the backends. Dropping it ends the thread.
 pub struct DeviceThread {
-    thread: Option<JoinHandle<()>>,
+    thread: Waiting<DeviceWork>,
     end: Arc<EventFd>,
+}
+
+/// What the device thread waits for.
+struct DeviceWork {
+    manager: EventManager<Box<dyn MutEventSubscriber + Send>>,
+    ended: Arc<AtomicBool>,
+}
+
+impl DeviceWork {
+    fn run(mut self) {
+        while !self.ended.load(Ordering::Relaxed) {
+            if let Err(error) = self.manager.run() {
+                warn!(%error, "waiting for the backends failed");
+                break;
+            }
+        }
+    }
 }
 
 struct BackendEvents {
@@ -442,7 +440,7 @@ impl DeviceThread {
     ///
     /// # Errors
     /// As thread, epoll and eventfd creation.
-    pub fn spawn(devices: &Devices, on_thread: Option<OnThread>) -> std::io::Result<Self> {
+    pub fn begin(threads: &mut Threads, devices: &Devices) -> std::io::Result<Self> {
         let end = Arc::new(EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?);
         let ended = Arc::new(AtomicBool::new(false));
         let mut manager =
@@ -456,32 +454,15 @@ impl DeviceThread {
                 }));
             }
         }
-        let thread = std::thread::Builder::new()
-            .name("devices".into())
-            .stack_size(256 << 10)
-            .spawn(move || {
-                begin(on_thread.as_ref(), ThreadKind::Device);
-                while !ended.load(Ordering::Relaxed) {
-                    if let Err(error) = manager.run() {
-                        warn!(%error, "waiting for the backends failed");
-                        break;
-                    }
-                }
-            })?;
-        Ok(Self {
-            thread: Some(thread),
-            end,
-        })
+        let mut thread = threads.device()?;
+        thread.give(DeviceWork { manager, ended });
+        Ok(Self { thread, end })
     }
 }
 
 impl Drop for DeviceThread {
     fn drop(&mut self) {
         let _ = self.end.write(1);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            warn!("the device thread panicked");
-        }
+        self.thread.join("the device thread");
     }
 }

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
         return usage();
     };
     let served = match template {
-        Some(template) => picovm_engine::serve_pool(&template, control, confinement),
+        Some(template) => picovm_engine::serve_pool(&template, control.into(), confinement),
         None => picovm_engine::serve_maker(control, confinement),
     };
     match served {

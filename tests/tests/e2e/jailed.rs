@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use picovm_engine::{Confinement, Parking, Pool};
 
-use crate::pool::{alone, gone_within, vmm_processes};
+use crate::pool::{alone, clones, gone_within};
 use crate::{picovm, stderr, stdout, store, template};
 
 /// A container that has said that it is up, and waits; dropping it kills its monitor.
@@ -59,23 +59,56 @@ fn namespace(process: &str, name: &str) -> std::path::PathBuf {
     std::fs::read_link(format!("/proc/{process}/ns/{name}")).unwrap()
 }
 
+/// Files that a VMM process has open, each named by a part of its path.
+const FILES: [&str; 8] = [
+    "/dev/kvm",
+    "/dev/null",
+    "anon_inode:",
+    "socket:",
+    "pipe:",
+    "/memory",
+    "/image",
+    ".erofs",
+];
+
 /// Looks at a VMM process from outside.
 fn assert_jailed(process: &str) {
-    let files = [
-        "/dev/kvm",
-        "/dev/null",
-        "anon_inode:",
-        "socket:",
-        "pipe:",
-        "/memory",
-        "/image",
-        ".erofs",
-    ];
-    assert_jailed_with(process, &files);
+    assert_jailed_with(process, &FILES);
 }
 
-/// The same of one that has these files open, each named by a part of its path.
+/// The same of one that has these files open.
 pub fn assert_jailed_with(process: &str, files: &[&str]) {
+    assert_walls(process, files);
+    let filters = filters(process);
+    assert!(filters.len() >= 3, "{filters:?}");
+    for (name, count) in filters {
+        // The outer filter, and that of its kind.
+        assert_eq!(count, 2, "{name}");
+    }
+}
+
+/// The names of its threads, and by how many filters of system calls each is confined.
+fn filters(process: &str) -> Vec<(String, u32)> {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    threads
+        .map(|entry| {
+            format!(
+                "{process}/task/{}",
+                entry.unwrap().file_name().into_string().unwrap()
+            )
+        })
+        // A thread that the kernel makes for a VM has no system calls.
+        .filter(|thread| !status(thread, "Name").starts_with("kvm-"))
+        .map(|thread| {
+            let name = status(&thread, "Name");
+            assert_eq!(status(&thread, "Seccomp"), "2", "{name}");
+            (name, status(&thread, "Seccomp_filters").parse().unwrap())
+        })
+        .collect()
+}
+
+/// All that confines it but the filters.
+fn assert_walls(process: &str, files: &[&str]) {
     assert!(status(process, "Uid").parse::<u32>().unwrap() >= 200_000);
     assert!(status(process, "Gid").parse::<u32>().unwrap() >= 200_000);
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
@@ -89,31 +122,6 @@ pub fn assert_jailed_with(process: &str, files: &[&str]) {
     assert_eq!(root.count(), 0, "its root is empty");
     let cgroup = std::fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
     assert!(cgroup.contains("picovm-jail"), "{cgroup}");
-    let threads: Vec<String> = std::fs::read_dir(format!("/proc/{process}/task"))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    assert!(threads.len() >= 3, "{threads:?}");
-    for thread in threads {
-        let of_thread = format!("{process}/task/{thread}");
-        // A thread that the kernel makes for a VM has no system calls.
-        if status(&of_thread, "Name").starts_with("kvm-") {
-            continue;
-        }
-        // The outer filter, and that of its kind.
-        assert_eq!(
-            status(&of_thread, "Seccomp"),
-            "2",
-            "{}",
-            status(&of_thread, "Name")
-        );
-        assert_eq!(
-            status(&of_thread, "Seccomp_filters"),
-            "2",
-            "{}",
-            status(&of_thread, "Name")
-        );
-    }
     for descriptor in std::fs::read_dir(format!("/proc/{process}/fd")).unwrap() {
         let leads_to = std::fs::read_link(descriptor.unwrap().path()).unwrap();
         let name = leads_to.to_string_lossy().into_owned();
@@ -128,20 +136,21 @@ fn every_vmm_process_is_in_a_jail() {
 
     let mut pool = Pool::new(template(), 2, Parking::Prefaulted, Confinement::Jailed).unwrap();
     pool.wait_until_full(Duration::from_secs(60)).unwrap();
-    let server = pool.server_id() as i32;
-    let clones: Vec<i32> = vmm_processes()
-        .into_iter()
-        .filter_map(|(id, parent)| (parent == server).then_some(id))
-        .collect();
+    let clones = clones(&pool);
     assert_eq!(clones.len(), 2);
     for clone in &clones {
         assert_jailed(&clone.to_string());
     }
-    let ids: HashSet<String> = clones
-        .iter()
-        .map(|clone| status(&clone.to_string(), "Uid"))
-        .collect();
-    assert_eq!(ids.len(), 2, "each has an id of its own");
+    // One more waits for an order, and has no machine yet.
+    let ahead = crate::pool::waiting(&pool);
+    assert_walls(&ahead.to_string(), &FILES);
+    let filters = filters(&ahead.to_string());
+    for (name, count) in [("vcpu0", 2), ("devices", 2), ("maker", 1)] {
+        assert!(filters.contains(&(name.into(), count)), "{name}: {filters:?}");
+    }
+    let all = clones.iter().chain([&ahead]);
+    let ids: HashSet<String> = all.map(|clone| status(&clone.to_string(), "Uid")).collect();
+    assert_eq!(ids.len(), 3, "each has an id of its own");
     drop(pool);
     assert!(gone_within(Duration::from_secs(20)));
 }

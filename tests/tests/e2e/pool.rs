@@ -74,6 +74,43 @@ pub fn vmm_processes() -> Vec<(i32, i32)> {
         .collect()
 }
 
+/// The VMM processes of a pool that have a clone, by their ids.
+pub fn clones(pool: &Pool) -> Vec<i32> {
+    let mut children = children(pool);
+    children.retain(|child| !waits(*child));
+    children
+}
+
+/// The VMM process of a pool that waits for an order, once it is there and confined.
+pub fn waiting(pool: &Pool) -> i32 {
+    let start = Instant::now();
+    loop {
+        if let Some(child) = children(pool).into_iter().find(|child| waits(*child)) {
+            return child;
+        }
+        assert!(start.elapsed() < PARKING, "no process waits for an order");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn children(pool: &Pool) -> Vec<i32> {
+    let server = pool.server_id() as i32;
+    let all = vmm_processes().into_iter();
+    all.filter_map(|(id, parent)| (parent == server).then_some(id))
+        .collect()
+}
+
+/// Whether it has the thread that is to make its machine, which is the last one that is made.
+fn waits(process: i32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    threads
+        .filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok())
+        .any(|name| name.trim() == "maker")
+}
+
 /// Whether there is no fork server and no VMM process any more by then.
 pub fn gone_within(limit: Duration) -> bool {
     let start = Instant::now();
@@ -91,8 +128,7 @@ fn containers_start_in_parked_clones_and_are_separate() {
     let _alone = alone();
     let mut pool = Pool::new(template(), 3, Parking::Prefaulted, Confinement::Jailed).unwrap();
     pool.wait_until_full(PARKING).unwrap();
-    // The fork server and three parked clones.
-    assert_eq!(vmm_processes().len(), 4);
+    assert_eq!(clones(&pool).len(), 3);
     let script = "cat /proc/sys/kernel/random/uuid; hostname; cat /root/mark; echo mark > /root/mark; exit 4";
     let mut seen = std::collections::BTreeSet::new();
     for _ in 0..7 {
@@ -118,8 +154,7 @@ fn a_bare_clone_owns_little_until_its_container_starts() {
     for parking in [Parking::Bare, Parking::Prefaulted] {
         let mut pool = Pool::new(template(), 1, parking, Confinement::Jailed).unwrap();
         pool.wait_until_full(PARKING).unwrap();
-        let server = pool.server_id() as i32;
-        let (clone, _) = vmm_processes().into_iter().find(|(id, _)| *id != server).unwrap();
+        let clone = clones(&pool)[0];
         let status = std::fs::read_to_string(format!("/proc/{clone}/status")).unwrap();
         let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
         owned.push(line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap());
@@ -188,16 +223,14 @@ fn a_container_of_a_pool_can_be_signalled_and_ended() {
 }
 
 #[test]
-fn a_pool_survives_the_death_of_a_parked_clone() {
+fn a_pool_survives_the_death_of_a_parked_clone_and_of_the_process_that_waits_for_an_order() {
     let _alone = alone();
     let mut pool = Pool::new(template(), 2, Parking::Prefaulted, Confinement::Jailed).unwrap();
     pool.wait_until_full(PARKING).unwrap();
-    let processes = vmm_processes();
-    let is_vmm = |id: i32| processes.iter().any(|(other, _)| *other == id);
-    // The server's parent is this test.
-    let (victim, _) = *processes.iter().find(|(_, parent)| is_vmm(*parent)).unwrap();
-    // SAFETY: a plain system call on a child of the fork server that this test has started.
-    assert_eq!(unsafe { libc::kill(victim, libc::SIGKILL) }, 0);
+    for victim in [clones(&pool)[0], waiting(&pool)] {
+        // SAFETY: a plain system call on a child of the fork server that this test has started.
+        assert_eq!(unsafe { libc::kill(victim, libc::SIGKILL) }, 0);
+    }
     std::thread::sleep(Duration::from_millis(300));
     for _ in 0..3 {
         let (output, _, _) = start(&mut pool, "echo alive").end();

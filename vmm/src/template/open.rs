@@ -21,7 +21,7 @@ use crate::arch::layout;
 use crate::devices::virtio::block::FileBackend;
 use crate::devices::virtio::slot::SlotState;
 use crate::machine::{Backends, Machine, MachineError, MachineState};
-use crate::threads::OnThread;
+use crate::threads::Threads;
 use crate::working_set::WorkingSet;
 use crate::{memory, vm};
 
@@ -41,8 +41,8 @@ pub struct ForkOptions {
     /// Whether its memory is a copy of the template's from the start, of which it shares no page with other clones: what one of
     /// them touches cannot then be told by another from how long an access takes. It costs a read of the whole template.
     pub isolate_memory: bool,
-    /// Called first thing in each of its threads, before a guest instruction can run: to confine it, say.
-    pub on_thread: Option<OnThread>,
+    /// Where its threads come from: they may be made, and confined, ahead.
+    pub threads: Threads,
 }
 
 /// An open template. Forking needs nothing but this; any number of clones may be forked at once, from any thread.
@@ -260,7 +260,7 @@ impl Template {
             shared: self.shared.clone(),
             share: options.share,
             console_log: options.console_log,
-            on_thread: options.on_thread,
+            threads: options.threads,
             memory_file: (!isolated).then(|| self.memory.clone()),
         };
         Ok(Machine::build(
