@@ -39,7 +39,7 @@ pub fn serve(template: &Path, control: OwnedFd, confinement: Confinement) -> Res
     let prepared = Template::open(template)
         .map_err(EngineError::from)
         .and_then(|template| {
-            let mut forker = Forker::new(&template, confinement)?;
+            let mut forker = Forker::new(&template, None, confinement)?;
             forker.become_server()?;
             Ok((template, forker))
         });
