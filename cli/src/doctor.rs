@@ -151,6 +151,7 @@ fn examine() -> Report {
     checks.push(gather_cgroup());
     checks.push(gather_tun());
     checks.push(gather_erofs_tools());
+    checks.push(gather_ext4_tools());
     checks.push(gather_store());
 
     let host = Host {
@@ -636,6 +637,35 @@ fn judge_tun(errno: Option<i32>) -> Check {
     Check::warning(NAME, format!("/dev/net/tun does not open: {error}"), remedy)
 }
 
+fn gather_ext4_tools() -> Check {
+    let run = Command::new("mke2fs")
+        .arg("-V")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .output();
+    judge_ext4_tools(
+        run.ok()
+            .map(|output| String::from_utf8_lossy(&output.stderr).into_owned())
+            .as_deref(),
+    )
+}
+
+fn judge_ext4_tools(printed: Option<&str>) -> Check {
+    const NAME: &str = "ext4 tools";
+    let Some(printed) = printed else {
+        return Check::warning(
+            NAME,
+            "mke2fs not found",
+            "containers have no --storage; apt-get install e2fsprogs, and look whether PATH has /usr/sbin",
+        );
+    };
+    let version = printed.split_whitespace().nth(1);
+    Check::ok(
+        NAME,
+        format!("mke2fs {}", version.unwrap_or("of unknown version")),
+    )
+}
+
 fn gather_erofs_tools() -> Check {
     let run = Command::new("mkfs.erofs")
         .arg("--version")
@@ -1002,6 +1032,11 @@ mod tests {
                 .remedy
                 .unwrap()
                 .contains("modprobe tun")
+        );
+        assert_eq!(judge_ext4_tools(None).status, Status::Warning);
+        assert_eq!(
+            judge_ext4_tools(Some("mke2fs 1.47.0 (5-Feb-2023)\n\tUsing EXT2FS Library\n")).found,
+            "mke2fs 1.47.0"
         );
         assert_eq!(judge_erofs_tools(None).status, Status::Warning);
         assert_eq!(

@@ -1,6 +1,7 @@
 //! Forking a VMM process, and the jail that it is confined in before its guest runs.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -42,6 +43,17 @@ fn memory_limit(memory_mib: u64) -> u64 {
     (memory_mib << 20).saturating_mul(2).saturating_add(OVERHEAD)
 }
 
+/// What of a container's storage counts as memory of its VMM process, in bytes: all of it where the store may itself lie in memory. On
+/// a disk the kernel gives its cache up when the process has no more memory.
+fn storage_in_memory(storage: &File) -> io::Result<u64> {
+    /// `TMPFS_MAGIC`, `RAMFS_MAGIC`, `OVERLAYFS_SUPER_MAGIC` (statfs(2)); of the last, only its layers know.
+    const MEMORY: [i64; 3] = [0x0102_1994, 0x8584_58f6, 0x794c_7630];
+    match MEMORY.contains(&rustix::fs::fstatfs(storage)?.f_type) {
+        true => Ok(storage.metadata()?.len()),
+        false => Ok(0),
+    }
+}
+
 /// Threads of a VMM process beside those of its vCPUs, with room for those that the kernel makes for it.
 const THREADS: u64 = 8;
 /// How many threads there may be for each where calls are told of: who tells, and those that are just being made or end, which on
@@ -60,11 +72,11 @@ pub(crate) fn tasks(vcpus: u8, mode: SeccompMode) -> u64 {
 }
 
 /// What a VMM process of this template may have. All that it needs it is born with, so its root is empty.
-fn policy(template: &Template, mode: SeccompMode) -> Policy {
+fn policy(template: &Template, more_memory: u64, mode: SeccompMode) -> Policy {
     let machine = template.metadata();
     Policy {
         cgroup: Some(Cgroup {
-            memory: Some(memory_limit(machine.memory_mib)),
+            memory: Some(memory_limit(machine.memory_mib).saturating_add(more_memory)),
             pids: Some(tasks(machine.vcpus, mode)),
             ..Cgroup::default()
         }),
@@ -83,13 +95,21 @@ pub(crate) struct Forker {
 }
 
 impl Forker {
-    pub(crate) fn new(template: &Template, confinement: Confinement) -> Result<Self, EngineError> {
+    /// `storage` is that of the container whose process is to be forked, if it has any.
+    pub(crate) fn new(
+        template: &Template,
+        storage: Option<&File>,
+        confinement: Confinement,
+    ) -> Result<Self, EngineError> {
         let mode = match confinement {
             Confinement::Jailed => SeccompMode::Kill,
             Confinement::CallsLogged => SeccompMode::Log,
             Confinement::Unconfined => return Ok(Self { jailer: None }),
         };
-        let jailer = Jailer::new(policy(template, mode), Mode::of_caller())?;
+        let more = storage
+            .map_or(Ok(0), storage_in_memory)
+            .map_err(EngineError::host("look at the container's storage"))?;
+        let jailer = Jailer::new(policy(template, more, mode), Mode::of_caller())?;
         Ok(Self { jailer: Some(jailer) })
     }
 

@@ -54,6 +54,9 @@ pub struct ContainerOptions {
     pub tmpfs: Vec<(OsString, OsString)>,
     /// Directories and files of the host. Only a container that is started cold can have them.
     pub shared: Vec<Shared>,
+    /// The disk that its writable layer lies on, with a file system, if that is not to lie in memory. Only a container that is started
+    /// cold can have it.
+    pub storage: Option<File>,
     /// Addresses and names for its `/etc/hosts`.
     pub hosts: Vec<(String, String)>,
     /// The writable layer that an earlier run has left, as [`Helper::SaveLayer`](picovm_guest_protocol::Helper::SaveLayer)
@@ -131,6 +134,7 @@ impl ContainerOptions {
                 .map(|(address, name)| (address.clone().into_bytes(), name.clone().into_bytes()))
                 .collect(),
             layer: self.layer.is_some(),
+            storage: self.storage.is_some(),
             stay: self.stay,
             announce: self.announce,
         }
@@ -276,12 +280,21 @@ impl Container {
             ),
             None => None,
         };
+        let storage = match &options.storage {
+            Some(storage) => Some(
+                storage
+                    .try_clone()
+                    .map_err(EngineError::host("hand over the container's storage"))?,
+            ),
+            None => None,
+        };
         let machine = template.fork(ForkOptions {
             identity: std::mem::take(&mut identified.identity),
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
             threads: filters.threads(),
             isolate_memory: options.isolate_memory,
             share: share::once_more(share)?,
+            storage,
             ..ForkOptions::default()
         })?;
         if let Some(set) = template.working_set() {

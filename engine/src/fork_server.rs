@@ -63,7 +63,7 @@ struct Ahead {
 impl ForkServer {
     fn new(template: &Path, confinement: Confinement) -> Result<Self, EngineError> {
         let template = Template::open(template)?;
-        let mut forker = Forker::new(&template, confinement)?;
+        let mut forker = Forker::new(&template, None, confinement)?;
         forker.become_server()?;
         Ok(Self {
             template,

@@ -164,7 +164,8 @@ pub(crate) fn start(
     let cold = confinement != Confinement::Jailed
         || options.isolate_memory
         || options.console_log.is_some()
-        || !options.shared.is_empty();
+        || !options.shared.is_empty()
+        || options.storage.is_some();
     let directory = store.pools_directory().join(template.path().file_name()?);
     if cold {
         return None;

@@ -91,12 +91,17 @@ impl RunningContainer {
         keep.extend(streams);
         keep.extend(options.console_log.as_ref().map(AsFd::as_fd));
         keep.extend(options.layer.as_ref().map(AsFd::as_fd));
+        keep.extend(options.storage.as_ref().map(AsFd::as_fd));
         keep.extend(share.as_ref().map(AsFd::as_fd));
-        let child = Forker::new(template, confinement)?.fork(template, &keep, |filters| {
-            // Its end is how the VMM process notices that nobody is left.
-            socket = None;
-            vmm_process::run_at_once(template, options, share.as_ref(), streams, &theirs, filters);
-        })?;
+        let child = Forker::new(template, options.storage.as_ref(), confinement)?.fork(
+            template,
+            &keep,
+            |filters| {
+                // Its end is how the VMM process notices that nobody is left.
+                socket = None;
+                vmm_process::run_at_once(template, options, share.as_ref(), streams, &theirs, filters);
+            },
+        )?;
         let socket =
             socket.ok_or_else(|| failed("fork a VMM process")(io::ErrorKind::NotConnected.into()))?;
         Ok(Self {

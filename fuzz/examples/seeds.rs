@@ -230,6 +230,7 @@ fn slots() -> Result<Vec<SlotState>, Anything> {
         SlotBackend::Entropy,
         SlotBackend::Fs(ShareBackend::default()),
         SlotBackend::Block(FileBackend::open(disk.path(), true)?, "disk".into()),
+        SlotBackend::Storage(FileBackend::storage(None, 16)?),
     ];
     let mut states = Vec::new();
     for (index, backend) in backends.into_iter().enumerate() {

@@ -69,6 +69,10 @@ fn machine_state(data: &[u8]) {
             }
             SlotState::Entropy { .. } => SlotBackend::Entropy,
             SlotState::Fs { .. } => SlotBackend::Fs(ShareBackend::default()),
+            SlotState::Storage { device, .. } => match FileBackend::storage(None, device.sectors) {
+                Ok(backend) => SlotBackend::Storage(backend),
+                Err(_) => continue,
+            },
         };
         // The state of the queues is the file's: the devices work on it at once, as in a clone.
         if let Ok(slot) = Slot::from_state(backend, 2, guest::memory(), guest::line(), saved) {

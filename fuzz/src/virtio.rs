@@ -231,8 +231,18 @@ impl Rig {
     fn save_and_restore(&mut self) {
         let saved = self.slot.state();
         let (backend, host) = connection();
+        let mut storage = match &self.disk {
+            Some((disk, _)) => disk.try_clone().ok(),
+            None => None,
+        };
         let backend = saved
-            .open_backend(&mut Some(backend), &mut None, &mut std::iter::empty(), None)
+            .open_backend(
+                &mut Some(backend),
+                &mut None,
+                &mut storage,
+                &mut std::iter::empty(),
+                None,
+            )
             .expect("the disk is what it was")
             .expect("every slot has a backend");
         let slot = Slot::from_state(backend, 2, self.memory.clone(), guest::line(), &saved)
@@ -241,7 +251,8 @@ impl Rig {
             SlotState::Console { transport, .. }
             | SlotState::Block { transport, .. }
             | SlotState::Entropy { transport }
-            | SlotState::Fs { transport, .. } => transport.clone(),
+            | SlotState::Fs { transport, .. }
+            | SlotState::Storage { transport, .. } => transport.clone(),
         };
         assert_eq!(transport(&slot.state()), transport(&saved));
         if let Some(own) = &mut self.host {
@@ -347,7 +358,7 @@ pub fn virtio_console(data: &[u8]) {
     Rig::new(SlotBackend::Console(backend), Some(host), None).run(Unstructured::new(data));
 }
 
-/// A disk: writable, read-only, or shown larger than it is, as the first byte says.
+/// A disk: writable, read-only, shown larger than it is, or a clone's storage, as the first byte says.
 pub fn virtio_block(data: &[u8]) {
     let Some((kind, data)) = data.split_first() else {
         return;
@@ -357,10 +368,16 @@ pub fn virtio_block(data: &[u8]) {
     let disk = File::from(disk);
     disk.write_all_at(&content(), 0).expect("fill the disk");
     let path = path_of(&disk);
-    let (read_only, sectors) = match kind % 3 {
+    let (read_only, sectors) = match kind % 4 {
         0 => (false, None),
         1 => (true, None),
-        _ => (true, Some(2 * SECTORS)),
+        2 => (true, Some(2 * SECTORS)),
+        _ => {
+            let file = disk.try_clone().expect("have the disk twice");
+            let backend = FileBackend::storage(Some(file), 4 * SECTORS).expect("the disk is one");
+            Rig::new(SlotBackend::Storage(backend), None, Some((disk, false))).run(Unstructured::new(data));
+            return;
+        }
     };
     let backend = FileBackend::open(&path, read_only)
         .and_then(|backend| backend.with_capacity(&path, sectors))

@@ -47,6 +47,8 @@ pub struct ContainerSpec {
     /// Whether its writable layer comes over the control connection before anything runs: data of standard input of process
     /// [`LAYER`](crate::frame::LAYER), in the format of [`Helper::SaveLayer`].
     pub layer: bool,
+    /// Whether its writable layer is on the machine's disk for storage, which has a file system, and not in memory.
+    pub storage: bool,
     /// Whether the agent goes on when the main process has ended, for the host to ask for the writable layer. If not, it powers
     /// the machine off after the exit status.
     pub stay: bool,
@@ -159,6 +161,8 @@ pub enum Helper {
     /// Standard output is the writable layer, a tar archive with whiteouts as the OCI image specification has them
     /// (`.wh.NAME`, `.wh..wh..opq`).
     SaveLayer,
+    /// Ends when all that is in the writable layer is on its disk, if it is on one.
+    Sync,
     /// Standard output is the list of processes, a `Vec<`[`Task`]`>` in postcard.
     Tasks,
     /// Standard output is a [`Usage`] in postcard.

@@ -33,7 +33,7 @@ pub use identity::{
 };
 
 /// Version of everything in this crate. A template made by another version is rebuilt, never reinterpreted.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Name of the virtio-console port that carries the control connection, as sysfs shows it in
 /// `/sys/class/virtio-ports/vportNpM/name`.

@@ -41,7 +41,8 @@ pub struct MachineConfig {
     pub memory_mib: u64,
     /// vCPUs, 1 to 8.
     pub vcpus: u8,
-    /// Disks in order: the guest sees `/dev/vda`, `/dev/vdb`, ... At most 16.
+    /// Disks in order: the guest sees `/dev/vda`, `/dev/vdb`, ..., and after them the disk of a clone's own ([`STORAGE_SECTORS`]). At
+    /// most 15.
     pub disks: Vec<Disk>,
     /// Where console output is logged, 1 MiB at most. The last of it is kept in memory in any case:
     /// [`crate::Machine::console_tail`].
@@ -64,8 +65,13 @@ pub enum ConfigError {
     Disks(usize),
 }
 
-/// Slots of a machine that are not disks: control connection, entropy, shared directories.
-pub const FIXED_SLOTS: usize = 3;
+/// Sectors of 512 bytes of the disk that every machine has for storage, as its guest sees it: 1 TiB. It reads as zeros and takes no
+/// write, until a clone is given a file for it ([`crate::ForkOptions::storage`]), of which the file system in it knows the size.
+pub const STORAGE_SECTORS: u64 = 1 << 31;
+
+/// Slots of a machine that are not disks of its configuration: control connection, entropy and shared directories before them, storage
+/// after them.
+pub const FIXED_SLOTS: usize = 4;
 /// Most disks.
 pub const DISKS_MAX: usize = layout::VIRTIO_DEVICES_MAX - FIXED_SLOTS;
 
@@ -152,8 +158,8 @@ mod tests {
         config.disks = vec![Disk::read_only("disk"); 3];
         config.extra_cmdline = "loglevel=7".into();
         let line = config.cmdline();
-        assert_eq!(line.matches("virtio_mmio.device=4K@0xd000").count(), 6);
-        assert!(line.contains("virtio_mmio.device=4K@0xd0006000:10"));
+        assert_eq!(line.matches("virtio_mmio.device=4K@0xd000").count(), 7);
+        assert!(line.contains("virtio_mmio.device=4K@0xd0007000:11"));
         assert!(line.ends_with(" loglevel=7"));
     }
 }

@@ -33,7 +33,7 @@ pub mod vcpu;
 pub mod vm;
 pub mod working_set;
 
-pub use config::{Disk, MachineConfig};
+pub use config::{Disk, MachineConfig, STORAGE_SECTORS};
 pub use machine::{BootFiles, Machine, MachineError, Outcome};
 pub use template::{Draft, Expected, ForkOptions, FreezeOptions, FrozenFiles, Template, TemplateError};
 pub use threads::{OnThread, ThreadKind, Threads};

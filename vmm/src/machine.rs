@@ -33,7 +33,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::boot::{self, BootFile};
 use crate::arch::cpuid::Processor;
 use crate::arch::{cpuid, layout};
-use crate::config::{ConfigError, MachineConfig};
+use crate::config::{ConfigError, MachineConfig, STORAGE_SECTORS};
 use crate::devices::bus::Devices;
 use crate::devices::interrupt::{InterruptLine, KvmLine};
 use crate::devices::legacy::{ConsoleLog, Ports, PortsState};
@@ -150,6 +150,8 @@ pub struct Backends {
     pub shared: Vec<Option<FileBackend>>,
     /// The connection with the share server, if there is one: a socket of packets.
     pub share: Option<OwnedFd>,
+    /// The file of its storage, if it has any.
+    pub storage: Option<File>,
     /// Where console output goes.
     pub console_log: Option<File>,
     /// Where its threads come from.
@@ -241,7 +243,7 @@ impl BootFiles {
         let kvm = unsafe { BorrowedFd::borrow_raw(self.kvm.as_raw_fd()) };
         let mut all = vec![kvm, self.kernel.as_fd()];
         all.extend(self.initramfs.as_ref().map(AsFd::as_fd));
-        all.extend(self.disks.iter().map(AsFd::as_fd));
+        all.extend(self.disks.iter().filter_map(FileBackend::descriptor));
         all.extend(self.console_log.as_ref().map(AsFd::as_fd));
         all
     }
@@ -291,6 +293,7 @@ impl Machine {
         for (backend, disk) in files.disks.into_iter().zip(&config.disks) {
             backends.push(SlotBackend::Block(backend, disk.path.clone()));
         }
+        backends.push(SlotBackend::Storage(FileBackend::storage(None, STORAGE_SECTORS)?));
         let slots = backends
             .into_iter()
             .enumerate()
@@ -375,6 +378,7 @@ impl Machine {
             .map(ShareBackend::new)
             .transpose()
             .map_err(host("use the connection with a share server"))?;
+        let mut storage = own.storage;
         let mut disks = own.disks.into_iter();
         let mut slots = Vec::with_capacity(state.slots.len());
         for (index, saved) in state.slots.iter().enumerate() {
@@ -382,6 +386,7 @@ impl Machine {
                 .open_backend(
                     &mut backend,
                     &mut share,
+                    &mut storage,
                     &mut disks,
                     own.shared.get(index).and_then(Option::as_ref),
                 )?

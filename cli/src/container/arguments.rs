@@ -222,6 +222,12 @@ pub struct FileOptions {
     /// [,tmpfs-mode=MODE]
     #[arg(long, value_name = "OPTIONS")]
     pub mount: Vec<String>,
+    /// Let what the container writes lie on this machine's disk, this much at most, as 10g, and not in its memory
+    #[arg(long, value_name = "SIZE", value_parser = values::storage)]
+    pub storage: Option<u64>,
+    /// The same as Docker has it: size=SIZE
+    #[arg(long, value_name = "size=SIZE", value_parser = values::storage_option, conflicts_with = "storage")]
+    pub storage_opt: Option<u64>,
     /// Let the root file system refuse to be written to
     #[arg(long)]
     pub read_only: bool,
@@ -375,6 +381,7 @@ pub struct AbsentOptions {
   picovm run --rm debian echo hello
   picovm run -it --rm debian bash
   picovm run --rm -v \"$PWD\":/src:ro -v cache:/var/cache debian ls /src
+  picovm run --rm --storage 20g debian dd if=/dev/zero of=/big bs=1M count=4096
   picovm run -d --name web -m 512m --restart on-failure:3 app:1
   echo hello | picovm run -i --rm debian tr a-z A-Z
   picovm run -d --from-template app

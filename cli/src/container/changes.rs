@@ -42,7 +42,7 @@ pub fn commit(options: &CommitOptions) -> anyhow::Result<ExitCode> {
     for change in &options.change {
         apply(&mut config, change).with_context(|| format!("--change {change:?}"))?;
     }
-    let mut layer = layer(&containers, &record)?;
+    let mut layer = layer(&store, &containers, &record)?;
     let commit = Commit {
         name: options.name.as_deref(),
         config,
@@ -63,10 +63,11 @@ pub fn commit(options: &CommitOptions) -> anyhow::Result<ExitCode> {
 
 /// What a container has changed, as a layer; none if it is nothing.
 fn layer(
+    store: &Store,
     containers: &picovm_engine::containers::Containers,
     record: &Record,
 ) -> anyhow::Result<Option<File>> {
-    if !record.state.status.is_live() {
+    if !record.state.status.is_live() && record.config.storage.is_none() {
         return match File::open(record.layer()) {
             Ok(file) => Ok(Some(file)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -79,10 +80,7 @@ fn layer(
         tempfile::tempfile().context(failed)?,
     );
     let null = File::open("/dev/null").context("cannot open /dev/null")?;
-    let mut files = Files::Live {
-        containers: containers.clone(),
-        record: Box::new(record.clone()),
-    };
+    let mut files = Files::of(store, containers.clone(), record.clone())?;
     let exit = files.help(Helper::SaveLayer, [null.as_fd(), file.as_fd(), told.as_fd()])?;
     if exit != ContainerExit::Code(0) {
         io::Seek::rewind(&mut told)?;

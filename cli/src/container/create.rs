@@ -197,6 +197,7 @@ pub fn config(image: &Image, whole: ImageConfig, options: &CreateOptions) -> any
         read_only: options.files.read_only,
         tmpfs: mounts.tmpfs,
         mounts: mounts.shared,
+        storage: options.files.storage.or(options.files.storage_opt),
         hosts: hosts(&options.files)?,
         labels: labels(&defaults.labels, behaviour)?,
         stop_signal: match (behaviour.stop_signal, defaults.stop_signal.as_deref()) {
@@ -635,6 +636,8 @@ mod tests {
             "--network",
             "none",
             "--read-only",
+            "--storage",
+            "10g",
         ]);
         assert_eq!((made.memory_limit, made.memory_mib), (Some(6 << 20), 64));
         assert_eq!((made.vcpus, made.cpu_limit), (2, Some(150_000)));
@@ -651,6 +654,7 @@ mod tests {
             .map(|(place, options)| format!("{place} {options}"))
             .collect();
         assert_eq!(tmpfs, ["/run size=1m", "/x size=2097152"]);
+        assert_eq!(made.storage, Some(10 << 30));
         assert_eq!(made.hosts, [("10.0.0.2".to_owned(), "db".to_owned())]);
         assert_eq!(made.labels["a"], "b");
         assert_eq!(made.labels["c"], "");

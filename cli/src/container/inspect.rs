@@ -47,7 +47,7 @@ fn one(
         let record = containers.find(name)?;
         let mut value = description(&record);
         if options.size {
-            value["SizeRw"] = super::layer_size(&record).into();
+            value["SizeRw"] = record.layer_size().into();
         }
         Ok(value)
     };
@@ -190,6 +190,7 @@ fn host_config(config: &ContainerConfig) -> Value {
         "PublishAllPorts": false,
         "ReadonlyRootfs": config.read_only,
         "SecurityOpt": if config.no_new_privileges { json!(["no-new-privileges"]) } else { Value::Null },
+        "StorageOpt": config.storage.map_or(Value::Null, |bytes| json!({ "size": bytes.to_string() })),
         "Tmpfs": tmpfs,
         "Ulimits": config.rlimits.iter().map(|(number, soft, hard)| json!({
             "Name": values::resource_name(*number),

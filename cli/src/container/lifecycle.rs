@@ -191,7 +191,7 @@ pub fn prune(options: &PruneOptions) -> anyhow::Result<ExitCode> {
         {
             continue;
         }
-        let size = super::layer_size(&record);
+        let size = record.layer_size();
         match containers.remove(&record) {
             Ok(()) => {
                 bytes = bytes.saturating_add(size);

@@ -217,7 +217,7 @@ fn fields(record: &Record, whole: bool, now: DateTime<Utc>) -> Value {
         "Mounts": config.mounts.iter().map(source).collect::<Vec<_>>().join(","),
         "Networks": "none",
         "Platform": "linux/amd64",
-        "Size": output::docker_size(super::layer_size(record)),
+        "Size": output::docker_size(record.layer_size()),
     });
     row[crate::format::LABEL] = labels_value(&config.labels);
     row

@@ -109,8 +109,3 @@ fn each(
     }
     code
 }
-
-/// Bytes of what a container has left: its writable layer as its last run has left it.
-fn layer_size(record: &Record) -> u64 {
-    std::fs::metadata(record.layer()).map_or(0, |metadata| metadata.len())
-}

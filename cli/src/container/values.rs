@@ -3,6 +3,9 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Local, NaiveDate, NaiveDateTime, TimeZone, Utc};
+use picovm_engine::containers::{STORAGE_MAX, STORAGE_MIN};
+
+use crate::pull_arguments::parse_bytes;
 
 /// Names and numbers of the signals of Linux on x86-64 (`signal(7)`).
 const SIGNALS: [(&str, u8); 33] = [
@@ -42,6 +45,23 @@ const SIGNALS: [(&str, u8); 33] = [
 ];
 /// The first and the last real-time signal, as the C library leaves them.
 const REAL_TIME: (u8, u8) = (34, 64);
+
+/// Bytes of storage, as `10g` or `size=10g`.
+pub fn storage(text: &str) -> Result<u64, String> {
+    let bytes = parse_bytes(text.strip_prefix("size=").unwrap_or(text))?;
+    if !(STORAGE_MIN..=STORAGE_MAX).contains(&bytes) {
+        return Err("16m to 1024g are possible".to_owned());
+    }
+    Ok(bytes)
+}
+
+/// `size=10g`, which alone there is of Docker's options.
+pub fn storage_option(text: &str) -> Result<u64, String> {
+    match text.split_once('=') {
+        Some(("size", _)) => storage(text),
+        _ => Err("there is only size=SIZE".to_owned()),
+    }
+}
 
 /// A signal by name, with or without `SIG`, or by number.
 pub fn signal(text: &str) -> Result<u8, String> {
@@ -374,6 +394,18 @@ mod tests {
         for text in ["", "yesterday", "2026-13-01", "."] {
             assert!(at(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn storage_has_dockers_words_and_a_size_within_bounds() {
+        for text in ["10g", "size=10g", "size=10G", "10240m"] {
+            assert_eq!(storage(text), Ok(10 << 30), "{text}");
+        }
+        for text in ["", "15m", "1025g", "much", "size=", "volume=10g"] {
+            assert!(storage(text).is_err(), "{text}");
+        }
+        assert_eq!(storage_option("size=16m"), Ok(16 << 20));
+        assert!(storage_option("16m").is_err() && storage_option("quota=16m").is_err());
     }
 
     #[test]

@@ -106,6 +106,8 @@ fn refuse(options: &CreateOptions) -> anyhow::Result<()> {
         (!files.volume.is_empty(), "--volume", running),
         (!files.mount.is_empty(), "--mount", running),
         (files.read_only, "--read-only", running),
+        (files.storage.is_some(), "--storage", running),
+        (files.storage_opt.is_some(), "--storage-opt", running),
         (options.absent.shm_size.is_some(), "--shm-size", running),
         (limits.memory.is_some(), "--memory", machine),
         (limits.cpus.is_some(), "--cpus", machine),

@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 
 use super::client::{QUERY_MAX, null, read_all, reason};
 use super::record::Record;
+use super::storage;
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::running::{News, RunningContainer};
@@ -31,6 +32,7 @@ impl Idle {
             args: Vec::new(),
             stay: true,
             layer: open_layer(&record)?,
+            storage: storage::open(&record)?,
             console_log: None,
             stdin: false,
             terminal: None,
@@ -110,6 +112,9 @@ impl Idle {
     /// # Errors
     /// [`EngineError::Store`], [`EngineError::Agent`], [`EngineError::Vmm`]; the container's files are then what they were.
     pub fn save(mut self) -> Result<(), EngineError> {
+        if self.record.config.storage.is_some() {
+            return self.sync();
+        }
         let path = self.record.layer();
         let failed = || EngineError::store("write", &path);
         let file = tempfile::NamedTempFile::new_in(&self.record.directory).map_err(failed())?;
@@ -128,6 +133,22 @@ impl Idle {
         }
         file.persist(&path).map_err(|error| failed()(error.error))?;
         Ok(())
+    }
+
+    /// Waits until what was changed is on the container's storage.
+    fn sync(&mut self) -> Result<(), EngineError> {
+        let mut err = tempfile::tempfile().map_err(EngineError::host("take the agent's answer"))?;
+        let null = null()?;
+        let exit = self.help(&Helper::Sync, [null.as_fd(), null.as_fd(), err.as_fd()])?;
+        if exit == ContainerExit::Code(0) {
+            return Ok(());
+        }
+        io::Seek::rewind(&mut err).map_err(EngineError::host("take the agent's answer"))?;
+        Err(EngineError::Agent {
+            attempted: "save the files",
+            name: self.record.name.clone(),
+            reason: reason(&exit, &read_all(err.into(), QUERY_MAX)?),
+        })
     }
 }
 

@@ -8,6 +8,7 @@
 //! containers/ID/monitor.sock  where its monitor listens
 //! containers/ID/log.json      its output; log.json.1 and so on, older
 //! containers/ID/layer.tar     what its last run has written to its root file system
+//! containers/ID/storage       or, with storage, the disk that it writes to
 //! ```
 //!
 //! A container that runs has a **monitor**, a process that outlives who started it: the parent of its VMM process, which keeps the
@@ -22,6 +23,7 @@ mod monitor;
 mod names;
 mod protocol;
 mod record;
+mod storage;
 
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
@@ -39,6 +41,7 @@ pub use record::{
     ContainerConfig, Health, HealthResult, LogOptions, MountKind, MountPoint, Record, RestartPolicy, State,
     Status, Text, WarmStart, machine_memory,
 };
+pub use storage::{STORAGE_MAX, STORAGE_MIN};
 
 use picovm_vmm::Template;
 
@@ -54,6 +57,7 @@ const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
 const NAME: &str = "name";
 const RUNNING_LOCK: &str = "running.lock";
+const STORAGE: &str = "storage";
 
 /// Exit status of a container whose monitor was killed: the kernel has killed it with that.
 const KILLED: u8 = 137;
@@ -109,7 +113,12 @@ impl Containers {
             .create(&unfinished)
             .map_err(EngineError::store("create", &unfinished))?;
         let state = State::default();
-        let written = write_json(&unfinished.join(CONFIG), &config)
+        let stored = match config.storage {
+            Some(bytes) => storage::make(&unfinished.join(STORAGE), bytes),
+            None => Ok(()),
+        };
+        let written = stored
+            .and_then(|()| write_json(&unfinished.join(CONFIG), &config))
             .and_then(|()| write_json(&unfinished.join(STATE), &state))
             .and_then(|()| store::replace(&unfinished.join(NAME), name.as_bytes()))
             .and_then(|()| {

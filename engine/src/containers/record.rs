@@ -196,6 +196,9 @@ pub struct ContainerConfig {
     /// Directories and files of this machine, and volumes.
     #[serde(default)]
     pub mounts: Vec<MountPoint>,
+    /// Bytes of the disk that its writable layer lies on, if not in memory.
+    #[serde(default)]
+    pub storage: Option<u64>,
     /// Addresses and names for `/etc/hosts`.
     pub hosts: Vec<(String, String)>,
     /// Labels.
@@ -279,6 +282,7 @@ impl ContainerConfig {
                 .map(|(place, options)| (place.0.clone(), options.0.clone()))
                 .collect(),
             shared: Vec::new(),
+            storage: None,
             hosts: self.hosts.clone(),
             layer: None,
             stay: !self.auto_remove,
@@ -438,6 +442,20 @@ impl Record {
     #[must_use]
     pub fn layer(&self) -> PathBuf {
         self.file("layer.tar")
+    }
+
+    /// The disk that its writable layer lies on, if it has one.
+    pub(crate) fn storage(&self) -> PathBuf {
+        self.file(super::STORAGE)
+    }
+
+    /// Bytes of this machine's disk that its writable layer takes: of one in memory, what its last run has left.
+    #[must_use]
+    pub fn layer_size(&self) -> u64 {
+        match self.config.storage {
+            Some(_) => super::storage::taken(&self.storage()),
+            None => std::fs::metadata(self.layer()).map_or(0, |metadata| metadata.len()),
+        }
     }
 
     /// Its log.

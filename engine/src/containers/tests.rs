@@ -32,6 +32,7 @@ pub(super) fn config() -> ContainerConfig {
         read_only: false,
         tmpfs: Vec::new(),
         mounts: Vec::new(),
+        storage: None,
         hosts: Vec::new(),
         labels: BTreeMap::from([("team".to_owned(), "blue".to_owned())]),
         stop_signal: 15,

@@ -26,6 +26,7 @@ use crate::cgroup::Cgroup;
 use crate::layer::{self, Layers};
 use crate::shares;
 use crate::start::failure;
+use crate::storage;
 
 /// What a container gets of the machine, made before the freeze. A test has none of it.
 #[derive(Default)]
@@ -44,6 +45,13 @@ pub fn arrange(
     ground: &Ground,
     control: BorrowedFd<'_>,
 ) -> Result<Vec<(u16, Frame)>, StartFailure> {
+    if spec.storage {
+        let layers = ground
+            .layers
+            .as_ref()
+            .ok_or_else(|| failure("use its storage", 0, "this machine has no layers of its own"))?;
+        storage::enter(layers)?;
+    }
     let early = if spec.layer {
         layer::receive(control, Path::new("/"))?
     } else {

@@ -15,11 +15,12 @@
     )
 )]
 
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fs::{self, Metadata};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -38,6 +39,8 @@ use crate::stub::{receive_frame, send_frame};
 
 /// What the agent itself writes for each container, and Docker has outside of the layer, too.
 const NOT_THE_CONTAINERS: [&str; 3] = ["etc/hosts", "etc/hostname", "etc/resolv.conf"];
+/// The upper directory, in the file system in memory.
+const UPPER: &str = "upper";
 /// Bytes of the layer that are taken before credit is given back for them.
 const CREDIT_STEP: u32 = INITIAL_CREDIT / 4;
 /// Frames for the agent that may come while the layer does.
@@ -50,9 +53,12 @@ type Changed = (i64, i64);
 #[derive(Debug)]
 pub struct Layers {
     image: OwnedFd,
-    upper: OwnedFd,
+    /// The file system in memory, which has the upper directory, or the one on which storage is mounted that has it.
+    scratch: OwnedFd,
+    /// The way from there. Of a container with storage its stub sets it, in the memory that it shares with the agent.
+    upper: Cell<&'static str>,
     /// What was in the upper directory before the container: made by init, and the container's only once it changes.
-    made_before: BTreeMap<PathBuf, Changed>,
+    made_before: RefCell<BTreeMap<PathBuf, Changed>>,
 }
 
 /// A file of the upper directory.
@@ -64,35 +70,73 @@ struct Item {
 }
 
 impl Layers {
-    /// Opens both, while they are still in sight.
-    pub fn open(image: &str, upper: &str) -> Result<Self, InitError> {
+    /// Opens both, while they are still in sight; the upper directory by that which it lies in.
+    pub fn open(image: &str, scratch: &str) -> Result<Self, InitError> {
         let open = |path: &str| {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             rustix::fs::open(path, flags, Mode::empty()).attempt(|| format!("open {path}"))
         };
         Ok(Self {
             image: open(image)?,
-            upper: open(upper)?,
-            made_before: BTreeMap::new(),
+            scratch: open(scratch)?,
+            upper: Cell::new(UPPER),
+            made_before: RefCell::default(),
         })
     }
 
-    /// Remembers what is there by now. To be called last before the container.
-    pub fn remember(&mut self) -> Result<(), InitError> {
+    /// A way to the image.
+    pub fn image(&self) -> PathBuf {
+        way_to(&self.image)
+    }
+
+    /// A way to something in the file system that the upper directory is made in.
+    pub fn scratch(&self, path: &str) -> PathBuf {
         // Not by way of the working directory, which is init's own.
-        let root = PathBuf::from(format!(
-            "/proc/self/fd/{}",
-            std::os::fd::AsRawFd::as_raw_fd(&self.upper)
-        ));
+        way_to(&self.scratch).join(path)
+    }
+
+    /// Remembers what is there by now. To be called last before the container.
+    pub fn remember(&self) -> Result<(), InitError> {
         let mut found = BTreeMap::new();
-        remember(&root, Path::new(""), &mut found).attempt(|| "look at the upper directory".into())?;
-        self.made_before = found;
+        remember(&self.scratch(self.upper.get()), Path::new(""), &mut found)
+            .attempt(|| "look at the upper directory".into())?;
+        self.made_before.replace(found);
+        Ok(())
+    }
+
+    /// The upper directory is this one from now on. What of `made` is there is no change of the container's until it changes, as long
+    /// as it is what the image has, but for the time.
+    pub fn move_to(&self, upper: &'static str, made: &[&str]) -> io::Result<()> {
+        self.upper.set(upper);
+        let mut found = BTreeMap::new();
+        for name in made {
+            let metadata = match fs::symlink_metadata(self.scratch(upper).join(name)) {
+                Ok(metadata) if metadata.is_dir() => metadata,
+                Ok(_) => continue,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let image = self.in_image(Path::new(name))?;
+            if image.is_none_or(|image| same_owner_and_mode(&metadata, &image)) {
+                found.insert(PathBuf::from(name), changed(&metadata));
+            }
+        }
+        self.made_before.replace(found);
         Ok(())
     }
 
     /// Makes the upper directory this process's working directory.
     pub fn enter(&self) -> rustix::io::Result<()> {
-        rustix::process::fchdir(&self.upper)
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let upper = rustix::fs::openat(&self.scratch, self.upper.get(), flags, Mode::empty())?;
+        rustix::process::fchdir(upper)
+    }
+
+    /// Waits until all that is in the upper directory is where it lies, if that is not memory.
+    pub fn sync(&self) -> rustix::io::Result<()> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let upper = rustix::fs::openat(&self.scratch, self.upper.get(), flags, Mode::empty())?;
+        rustix::fs::syncfs(upper)
     }
 
     /// What the container has changed, by path. The upper directory is at `upper`.
@@ -180,7 +224,7 @@ impl Layers {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            let is_old = self.made_before.get(&path) == Some(&changed(&metadata));
+            let is_old = self.made_before.borrow().get(&path) == Some(&changed(&metadata));
             let in_image = self.in_image(&path)?;
             if is_whiteout(&here, &metadata) {
                 // One without anything to hide is what a file that came and went has left.
@@ -231,6 +275,10 @@ impl Layers {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+fn way_to(directory: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()))
 }
 
 fn absolute(path: &Path) -> Vec<u8> {
@@ -284,11 +332,13 @@ fn has_attribute(path: &Path, name: &std::ffi::CStr) -> bool {
 
 /// Whether a directory of the upper directory is what the image has: it is there only for what is in it.
 fn same_directory(here: &Metadata, image: &Stat) -> bool {
-    here.mode() == image.st_mode
-        && here.uid() == image.st_uid
-        && here.gid() == image.st_gid
+    same_owner_and_mode(here, image)
         && here.mtime() == image.st_mtime
         && u64::try_from(here.mtime_nsec()) == Ok(image.st_mtime_nsec)
+}
+
+fn same_owner_and_mode(here: &Metadata, image: &Stat) -> bool {
+    here.mode() == image.st_mode && here.uid() == image.st_uid && here.gid() == image.st_gid
 }
 
 /// Receives the layer and unpacks it at `root`: frames of process [`LAYER`] until its standard input is closed, and not a
@@ -386,7 +436,7 @@ mod tests {
                 fs::write(path(name), content).unwrap();
             }
             let text = |name: &str| path(name).to_str().unwrap().to_owned();
-            let mut layers = Layers::open(&text("image"), &text("upper")).unwrap();
+            let layers = Layers::open(&text("image"), &text("")).unwrap();
             layers.remember().unwrap();
 
             // The container's life.
@@ -456,6 +506,30 @@ mod tests {
                 "Added /new/tool",
             ]
         );
+    }
+
+    #[test]
+    fn on_disk_what_init_makes_for_each_start_is_no_change() {
+        let Some(example) = Example::new() else { return };
+        for made in ["disk/etc", "disk/run", "disk/full"] {
+            fs::create_dir_all(example.path(made)).unwrap();
+        }
+        fs::write(example.path("disk/etc/hosts"), "by init").unwrap();
+        fs::set_permissions(example.path("disk/full"), fs::Permissions::from_mode(0o700)).unwrap();
+        example
+            .layers
+            .move_to("disk", &["etc", "run", "full", "none"])
+            .unwrap();
+        let changes = |example: &Example| -> Vec<String> {
+            let changes = example.layers.changes(&example.path("disk")).unwrap();
+            let text = |change: &Change| String::from_utf8_lossy(&change.path).into_owned();
+            changes.iter().map(text).collect()
+        };
+        // Of that it has another mode than the image's, init is not the cause.
+        assert_eq!(changes(&example), ["/full"]);
+        fs::write(example.path("disk/etc/new"), "").unwrap();
+        assert_eq!(changes(&example), ["/etc", "/etc/new", "/full"]);
+        example.layers.sync().unwrap();
     }
 
     #[test]

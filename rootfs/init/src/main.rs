@@ -20,6 +20,7 @@ mod names;
 mod rehearsal;
 mod shares;
 mod start;
+mod storage;
 mod streams;
 mod stub;
 #[cfg(test)]
@@ -68,11 +69,11 @@ fn live(trap: &Trap) -> Result<(), InitError> {
     agent::shield_from_oom()?;
     agent::allow_open_files()?;
     stub::block_child_signal()?;
-    mounts::wait_for_image()?;
+    mounts::wait_for_disks()?;
     // All that does not depend on the image is done: one boot serves the templates of all images.
     trap.base();
 
-    let mut layers = mounts::enter_root_file_system()?;
+    let layers = mounts::enter_root_file_system()?;
     mounts::populate_root_file_system()?;
     let names = NameFiles::make();
     let cgroup = Cgroup::make()?;

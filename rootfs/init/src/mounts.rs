@@ -13,9 +13,12 @@ use rustix::mount::{MountFlags, mount, mount_move};
 use crate::console;
 use crate::error::{Attempt, InitError};
 use crate::layer::Layers;
+use crate::storage;
 
 /// The image, an EROFS file system.
 const IMAGE_DEVICE: &str = "/dev/vda";
+/// The disk for a container's storage, which has no file system before there is a container.
+pub const STORAGE_DEVICE: &str = "/dev/vdb";
 /// Block devices are probed asynchronously.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(2);
 /// Every clone replaces it by its own.
@@ -46,8 +49,8 @@ pub fn enter_root_file_system() -> Result<Layers, InitError> {
         MountFlags::NOATIME,
         c"size=50%,mode=0755",
     )?;
-    for directory in ["/scratch/upper", "/scratch/work"] {
-        make_directory(directory, 0o755)?;
+    for directory in ["upper", "work", storage::MOUNT_POINT] {
+        make_directory(&format!("/scratch/{directory}"), 0o755)?;
     }
     // The overlay's root shows the mode and owner of the upper directory.
     let image = fs::metadata("/image").attempt(|| "stat /image".into())?;
@@ -63,7 +66,7 @@ pub fn enter_root_file_system() -> Result<Layers, InitError> {
     let layers = c"lowerdir=/image,upperdir=/scratch/upper,workdir=/scratch/work,volatile";
     mount_on("overlay", "/root", "overlay", MountFlags::NOATIME, layers)?;
 
-    let opened = Layers::open("/image", "/scratch/upper")?;
+    let opened = Layers::open("/image", "/scratch")?;
     for directory in ["/dev", "/proc", "/sys"] {
         let target = format!("/root{directory}");
         make_directory(&target, 0o755)?;
@@ -79,16 +82,22 @@ pub fn enter_root_file_system() -> Result<Layers, InitError> {
     Ok(opened)
 }
 
-/// Waits until the image's device is there. Nothing of it is read.
-pub fn wait_for_image() -> Result<(), InitError> {
+/// Waits until the devices of image and storage are there. Nothing of them is read.
+pub fn wait_for_disks() -> Result<(), InitError> {
     let give_up = Instant::now() + DEVICE_DEADLINE;
-    while !Path::new(IMAGE_DEVICE).exists() {
-        if Instant::now() > give_up {
-            return Err(InitError::Machine(format!(
-                "there is no {IMAGE_DEVICE}: the first virtio block device must hold the image"
-            )));
+    for (device, what) in [
+        (IMAGE_DEVICE, "the first virtio block device must hold the image"),
+        (
+            STORAGE_DEVICE,
+            "the second virtio block device must be that for storage",
+        ),
+    ] {
+        while !Path::new(device).exists() {
+            if Instant::now() > give_up {
+                return Err(InitError::Machine(format!("there is no {device}: {what}")));
+            }
+            std::thread::sleep(Duration::from_micros(200));
         }
-        std::thread::sleep(Duration::from_micros(200));
     }
     Ok(())
 }

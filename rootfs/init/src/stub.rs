@@ -225,7 +225,7 @@ fn become_container(
     }
     let early = container::arrange(&spec, setting.ground, setting.control)?;
     // Users may have come with the writable layer.
-    let own_accounts = spec.layer.then(Accounts::read);
+    let own_accounts = (spec.layer || spec.storage).then(Accounts::read);
     {
         let mut taken = taken.borrow_mut();
         taken.early = early;

@@ -10,6 +10,7 @@ mod logs;
 mod look;
 mod pool;
 mod refused;
+mod storage;
 mod terminal;
 mod volumes;
 mod warm;

@@ -261,6 +261,7 @@ fn what_cannot_be_changed_of_a_running_application_is_refused() {
         &["-w", "/srv"],
         &["--entrypoint", "sh"],
         &["--read-only"],
+        &["--storage", "1g"],
         &["--tmpfs", "/x"],
         &["-v", "/tmp:/data"],
     ] {

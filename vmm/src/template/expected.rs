@@ -6,7 +6,7 @@ use picovm_guest_protocol::trap::IDENTITY_PAGES_MAX;
 
 use super::open::Template;
 use crate::arch::cpuid;
-use crate::config::Disk;
+use crate::config::{Disk, STORAGE_SECTORS};
 use crate::devices::virtio::slot::SlotState;
 use crate::machine::MachineState;
 use crate::vm;
@@ -85,10 +85,14 @@ impl Expected<'_> {
             SlotState::Entropy { .. },
             SlotState::Fs { .. },
             written @ ..,
+            SlotState::Storage { device: storage, .. },
         ] = slots
         else {
             return Err("it has other devices".into());
         };
+        if storage.sectors != STORAGE_SECTORS || storage.read_only {
+            return Err("its storage is another disk".into());
+        }
         if written.len() != self.disks.len() {
             return Err(format!(
                 "it has {} disks instead of {}",
@@ -202,6 +206,15 @@ mod tests {
             },
         ];
         state.slots.extend(disks);
+        state.slots.push(SlotState::Storage {
+            transport: Default::default(),
+            device: BlockState {
+                sectors: STORAGE_SECTORS,
+                padded: true,
+                read_only: false,
+                flush: true,
+            },
+        });
         state
     }
 
@@ -265,6 +278,18 @@ mod tests {
         assert!(check(&written(vec![])).is_err());
         assert!(check(&written(vec![disk(|_, _| {}), disk(|_, _| {})])).is_err());
         assert!(check(&state()).unwrap_err().contains("other devices"));
+    }
+
+    #[test]
+    fn storage_that_is_another_disk_is_refused() {
+        let mut state = written(vec![disk(|_, _| {})]);
+        let Some(SlotState::Storage { device, .. }) = state.slots.last_mut() else {
+            panic!("the last slot is that of storage")
+        };
+        device.sectors = 8;
+        assert!(check(&state).unwrap_err().contains("storage"));
+        state.slots.pop();
+        assert!(check(&state).unwrap_err().contains("other devices"));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::arch::cpuid::Processor;
 use crate::machine::MachineError;
 
 /// Version of the format. It grows with every change of the files, the device slots or the saved state.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
 
 /// Metadata.
 pub const METADATA: &str = "template.json";

@@ -36,6 +36,9 @@ pub struct ForkOptions {
     /// The clone's end of a connection with a share server (a pair of `SOCK_SEQPACKET` sockets), which carries out the requests of its
     /// file system device. Without one they are answered with an error.
     pub share: Option<OwnedFd>,
+    /// The file of its storage, open for reading and writing, of whole sectors and 1 TiB at most. It never grows. Without one that disk
+    /// reads as zeros and takes no write.
+    pub storage: Option<File>,
     /// Where the clone's console output goes.
     pub console_log: Option<File>,
     /// Whether its memory is a copy of the template's from the start, of which it shares no page with other clones: what one of
@@ -201,7 +204,7 @@ impl Template {
     /// The descriptors that a process needs of this template to fork clones of it.
     #[must_use]
     pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        let disks = self.shared.iter().flatten().map(AsFd::as_fd);
+        let disks = self.shared.iter().flatten().filter_map(FileBackend::descriptor);
         // SAFETY: /dev/kvm is open for as long as the template, which is borrowed.
         let kvm = unsafe { BorrowedFd::borrow_raw(self.kvm.as_raw_fd()) };
         [kvm, self.memory.as_fd()].into_iter().chain(disks).collect()
@@ -259,6 +262,7 @@ impl Template {
             disks: options.disks,
             shared: self.shared.clone(),
             share: options.share,
+            storage: options.storage,
             console_log: options.console_log,
             threads: options.threads,
             memory_file: (!isolated).then(|| self.memory.clone()),

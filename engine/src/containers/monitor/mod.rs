@@ -25,6 +25,7 @@ use super::idle::open_layer;
 use super::log::LogWriter;
 use super::protocol::{Ending, FromMonitor};
 use super::record::{Record, RestartPolicy, State, Status};
+use super::storage;
 use super::{Containers, STATE};
 use crate::error::EngineError;
 use crate::forked;
@@ -73,6 +74,8 @@ enum Purpose {
     Check,
     /// Saving the writable layer.
     Save,
+    /// Having storage written to its disk.
+    Sync,
 }
 
 /// A container that runs.
@@ -88,6 +91,8 @@ struct Running {
     checks: Option<Checks>,
     exit: Option<ContainerExit>,
     saving: Option<Saving>,
+    /// Until when what its storage lacks may be on the way to it.
+    syncing: Option<Instant>,
     /// Why there is no clone any more, if there is none.
     gone: Option<String>,
     /// Who waits until it stands still, or goes on.
@@ -378,6 +383,7 @@ impl<'m> Monitor<'m> {
         };
         if config.warm.is_none() {
             options.layer = open_layer(&self.record)?;
+            options.storage = storage::open(&self.record)?;
         }
         options.shared = self.containers.shared(&self.record)?;
         options.announce = self.announce;
@@ -415,6 +421,7 @@ impl<'m> Monitor<'m> {
             checks: Checks::of(config),
             exit: None,
             saving: None,
+            syncing: None,
             gone: None,
             pausing: None,
         })
@@ -445,7 +452,7 @@ impl<'m> Monitor<'m> {
             });
         }
         let exit = running.exit.as_ref()?;
-        if !running.outputs.is_empty() || running.saving.is_some() {
+        if !running.outputs.is_empty() || running.saving.is_some() || running.syncing.is_some() {
             return None;
         }
         let error = match exit {
@@ -464,7 +471,7 @@ impl<'m> Monitor<'m> {
         let live = running.exit.is_none() && self.record.state.status != Status::Paused;
         let checks = running.checks.as_ref().filter(|_| live).map(Checks::due);
         let saving = running.saving.as_ref().map(|saving| saving.stalled_at);
-        [self.kill_at, self.force_at, checks, saving]
+        [self.kill_at, self.force_at, checks, saving, running.syncing]
             .into_iter()
             .flatten()
             .min()
@@ -495,6 +502,10 @@ impl<'m> Monitor<'m> {
             .is_some_and(|saving| now >= saving.stalled_at)
         {
             self.end_saving(Err("the guest does not go on with it".into()));
+        }
+        let syncing = self.running.as_ref().and_then(|running| running.syncing);
+        if syncing.is_some_and(|until| now >= until) {
+            self.end_sync(Err("the guest does not go on with it".into()));
         }
         self.check_health(now);
     }

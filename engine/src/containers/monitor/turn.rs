@@ -24,6 +24,8 @@ const BACKLOG: usize = 64 << 10;
 const CHUNK: usize = 64 << 10;
 /// How long saving the writable layer may stand still.
 const SAVE_STALL: Duration = Duration::from_secs(20);
+/// How long what storage lacks may take to get there: all of a machine's memory, on a slow disk.
+const SYNC_MAX: Duration = Duration::from_secs(120);
 /// How large a writable layer may become, in sizes of the machine's memory: in that it lies, but for what archives add.
 const LAYER_MAX: u64 = 2;
 
@@ -267,9 +269,14 @@ impl Monitor<'_> {
             News::Exit(exit) => {
                 running.exit = Some(exit);
                 running.feed = None;
+                // It has ended: what is left to do has limits of its own.
+                self.kill_at = None;
+                self.force_at = None;
                 self.drain_outputs();
-                if !self.record.config.auto_remove {
-                    self.begin_saving();
+                match (self.record.config.auto_remove, self.record.config.storage) {
+                    (true, _) => {}
+                    (false, Some(_)) => self.begin_sync(),
+                    (false, None) => self.begin_saving(),
                 }
             }
             News::ProcessExit(process, exit) => self.process_ended(process, exit),
@@ -299,6 +306,8 @@ impl Monitor<'_> {
                 running.feed = None;
                 if running.saving.is_some() {
                     self.end_saving(Err(why));
+                } else if running.syncing.is_some() {
+                    self.end_sync(Err(why));
                 }
             }
         }
@@ -322,6 +331,13 @@ impl Monitor<'_> {
                     saving.ended = Some(exit);
                 }
                 self.settle_saving();
+            }
+            Some(Purpose::Sync) => {
+                let result = match exit {
+                    ContainerExit::Code(0) => Ok(()),
+                    exit => Err(reason(&exit, &[])),
+                };
+                self.end_sync(result);
             }
             None => {}
         }
@@ -450,6 +466,40 @@ impl Monitor<'_> {
         });
         if let Err(why) = placed {
             self.note_unsaved(&why);
+        }
+    }
+
+    /// Has what the container has written brought to its storage: the machine's memory goes with its clone.
+    fn begin_sync(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        let begin = |running: &mut Running| -> Result<(), EngineError> {
+            let process = Self::free_number(running)
+                .ok_or_else(|| EngineError::Refused("its container has too many processes".into()))?;
+            let null = null()?;
+            let streams = [null.as_fd(), null.as_fd(), null.as_fd()];
+            running.vmm.help(process, &Helper::Sync, streams)?;
+            running.processes.insert(process, Purpose::Sync);
+            running.syncing = Some(Instant::now() + SYNC_MAX);
+            Ok(())
+        };
+        if let Err(error) = begin(running) {
+            self.note_unsaved(&error.to_string());
+        }
+    }
+
+    pub(super) fn end_sync(&mut self, result: Result<(), String>) {
+        let Some(running) = &mut self.running else { return };
+        if running.syncing.take().is_none() {
+            return;
+        }
+        match result {
+            // The clone has done what it was kept for.
+            Ok(()) => drop(running.vmm.kill(super::KILL)),
+            Err(why) => {
+                self.record.state.error =
+                    format!("what it has written last may not be on its storage: {why}");
+                let _ = running.vmm.kill(super::KILL);
+            }
         }
     }
 

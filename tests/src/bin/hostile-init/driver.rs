@@ -6,8 +6,9 @@ pub const CONSOLE: u64 = 0;
 pub const ENTROPY: u64 = 1;
 pub const SHARE: u64 = 2;
 pub const DISK: u64 = 3;
+pub const STORAGE: u64 = 4;
 /// The console last: what goes wrong there may end the container.
-pub const DEVICES: [u64; 4] = [ENTROPY, SHARE, DISK, CONSOLE];
+pub const DEVICES: [u64; 5] = [ENTROPY, SHARE, DISK, STORAGE, CONSOLE];
 
 pub const STATUS: u64 = 0x070;
 pub const NOTIFY: u64 = 0x050;
@@ -33,7 +34,7 @@ pub const EVENT_INDEX: u64 = 1 << 29;
 /// Pages of the attacker's own for a device: three for each of four queues.
 const PAGES_OF_DEVICE: usize = 12;
 /// The first page that no queue lies in.
-pub const BUFFERS: usize = 4 * PAGES_OF_DEVICE;
+pub const BUFFERS: usize = DEVICES.len() * PAGES_OF_DEVICE;
 
 /// A device, its queues in pages of the attacker's own.
 #[derive(Clone)]

@@ -16,7 +16,7 @@ pub const REGISTERS_SIZE: u64 = 24 * PAGE;
 pub const WINDOWS: u64 = 0x1000;
 pub const PAGE: u64 = 0x1000;
 /// Pages of the attacker's own.
-const PAGES: usize = 96;
+const PAGES: usize = 108;
 /// The first of those in which the identity is written.
 const IDENTITY: usize = PAGES - trap::IDENTITY_PAGES_MAX;
 

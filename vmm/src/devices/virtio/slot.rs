@@ -1,5 +1,6 @@
 //! Device slots: what every machine has at a fixed place, whatever device is in it.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -45,6 +46,13 @@ pub enum SlotState {
         /// The device.
         device: FsState,
     },
+    /// A disk of a clone's own, which has no file before.
+    Storage {
+        /// Registers and queues.
+        transport: TransportState,
+        /// The device.
+        device: BlockState,
+    },
 }
 
 /// A device in its slot, shared by the vCPU threads and the device thread.
@@ -58,6 +66,8 @@ pub enum Slot {
     Entropy(Arc<Mutex<Transport<Entropy>>>),
     /// Shared directories.
     Fs(Arc<Mutex<Transport<Fs>>>),
+    /// A disk of a clone's own.
+    Storage(Arc<Mutex<Transport<Block>>>),
 }
 
 /// What a slot is made with.
@@ -70,6 +80,8 @@ pub enum SlotBackend {
     Entropy,
     /// Shared directories.
     Fs(ShareBackend),
+    /// A disk of a clone's own: see [`FileBackend::storage`].
+    Storage(FileBackend),
 }
 
 fn lock<D>(device: &Mutex<Transport<D>>) -> MutexGuard<'_, Transport<D>> {
@@ -100,6 +112,10 @@ macro_rules! on_transport {
                 let mut $transport = lock(device);
                 $action
             }
+            Slot::Storage(device) => {
+                let mut $transport = lock(device);
+                $action
+            }
         }
     };
 }
@@ -125,6 +141,10 @@ impl Slot {
             ),
             SlotBackend::Entropy => Self::Entropy(shared(Transport::new(Entropy, memory, line)?)),
             SlotBackend::Fs(backend) => Self::Fs(shared(Transport::new(Fs::new(backend), memory, line)?)),
+            SlotBackend::Storage(backend) => {
+                let device = Block::new(backend, serial(index));
+                Self::Storage(shared(Transport::new(device, memory, line)?))
+            }
         })
     }
 
@@ -163,6 +183,10 @@ impl Slot {
                 let device = Fs::from_state(backend, device);
                 Self::Fs(shared(Transport::from_state(device, memory, line, transport)?))
             }
+            (SlotBackend::Storage(backend), SlotState::Storage { transport, device }) => {
+                let device = Block::from_state(backend, serial(index), device);
+                Self::Storage(shared(Transport::from_state(device, memory, line, transport)?))
+            }
             _ => return Err(DeviceError::State("virtio")),
         })
     }
@@ -192,6 +216,13 @@ impl Slot {
             Self::Fs(device) => {
                 let device = lock(device);
                 SlotState::Fs {
+                    transport: device.state(),
+                    device: device.device().state(),
+                }
+            }
+            Self::Storage(device) => {
+                let device = lock(device);
+                SlotState::Storage {
                     transport: device.state(),
                     device: device.device().state(),
                 }
@@ -237,7 +268,7 @@ impl Slot {
         match self {
             Self::Console(device) => lock(device).device().waits_to_send(),
             Self::Fs(device) => lock(device).device().waits_to_send(),
-            Self::Block(..) | Self::Entropy(_) => false,
+            Self::Block(..) | Self::Entropy(_) | Self::Storage(_) => false,
         }
     }
 
@@ -247,7 +278,7 @@ impl Slot {
         match self {
             Self::Console(device) => lock(device).device().backend().descriptor(),
             Self::Fs(device) => lock(device).device().backend().descriptor(),
-            Self::Block(..) | Self::Entropy(_) => None,
+            Self::Block(..) | Self::Entropy(_) | Self::Storage(_) => None,
         }
     }
 }
@@ -271,7 +302,8 @@ impl SlotState {
     }
 
     /// The backend that a clone needs in this slot. `console` is taken by the slot of the control connection, `share` by that of
-    /// shared directories, which does without if there is none; `disks` by disks in order, instead of the files that they lay on; `shared` is what [`SlotState::open_shared`] opened.
+    /// shared directories and `storage` by that of storage, which do without if there is none; `disks` by disks in order, instead of
+    /// the files that they lay on; `shared` is what [`SlotState::open_shared`] opened.
     ///
     /// # Errors
     /// [`BackendError`] for a disk.
@@ -279,6 +311,7 @@ impl SlotState {
         &self,
         console: &mut Option<StreamBackend>,
         share: &mut Option<ShareBackend>,
+        storage: &mut Option<File>,
         disks: &mut dyn Iterator<Item = PathBuf>,
         shared: Option<&FileBackend>,
     ) -> Result<Option<SlotBackend>, BackendError> {
@@ -294,6 +327,10 @@ impl SlotState {
             }
             Self::Entropy { .. } => Some(SlotBackend::Entropy),
             Self::Fs { .. } => Some(SlotBackend::Fs(share.take().unwrap_or_default())),
+            Self::Storage { device, .. } => {
+                let backend = FileBackend::storage(storage.take(), device.sectors)?;
+                Some(SlotBackend::Storage(backend))
+            }
         })
     }
 }

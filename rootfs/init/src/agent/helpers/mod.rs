@@ -58,6 +58,15 @@ fn act(helper: &Helper, ground: &Ground) -> Result<(), String> {
             answer(&mut output, &changes)?;
         }
         Helper::SaveLayer => in_layer(ground, |layers| layers.save(Path::new("."), &mut output))?,
+        Helper::Sync => {
+            let layers = ground
+                .layers
+                .as_ref()
+                .ok_or("this machine has no writable layer of its own")?;
+            layers
+                .sync()
+                .map_err(|error| format!("write the writable layer to its disk: {error}"))?;
+        }
         Helper::Tasks => answer(&mut output, &tasks::tasks(ground)?)?,
         Helper::Usage => answer(&mut output, &usage::usage(ground)?)?,
         Helper::Listens(port) => listeners::find(*port)?,

@@ -1,4 +1,4 @@
-//! What a block device lies on: a file.
+//! What a block device lies on: a file, or nothing until a clone is given one.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::state::BlockState;
@@ -62,15 +64,19 @@ pub enum BackendError {
         /// Sectors that the guest knows of.
         expected: u64,
     },
+    /// A file cannot be a clone's storage.
+    #[error("cannot use a file as the storage of a clone: {0}")]
+    Storage(io::Error),
 }
 
 /// A file as a disk. Clones of it are the same open file.
 #[derive(Clone)]
 pub struct FileBackend {
-    file: Arc<File>,
+    /// None: a disk of zeros, which takes no write.
+    file: Option<Arc<File>>,
     /// What the guest sees.
     sectors: u64,
-    /// What the file has, `sectors` or fewer.
+    /// What the file has, `sectors` or fewer. Nothing is written behind its end, so it never grows.
     in_file: u64,
     read_only: bool,
 }
@@ -92,12 +98,6 @@ fn iovecs(memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<Vec<libc::iove
     Some(list)
 }
 
-impl AsFd for FileBackend {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-}
-
 impl FileBackend {
     /// Opens a file of whole sectors.
     ///
@@ -114,19 +114,49 @@ impl FileBackend {
             .write(!read_only)
             .open(path)
             .map_err(open)?;
-        let bytes = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(open)?;
-        if bytes == 0 || bytes % SECTOR != 0 {
-            return Err(BackendError::Size {
+        let sectors = sectors_of(&file)
+            .map_err(open)?
+            .map_err(|bytes| BackendError::Size {
                 path: path.to_owned(),
                 bytes,
-            });
-        }
+            })?;
         Ok(Self {
-            file: Arc::new(file),
-            sectors: bytes / SECTOR,
-            in_file: bytes / SECTOR,
+            file: Some(Arc::new(file)),
+            sectors,
+            in_file: sectors,
             read_only,
         })
+    }
+
+    /// A disk of so many sectors for storage: on this file, which is open for reading and writing, or on nothing. What is behind the
+    /// file's end reads as zeros and cannot be written.
+    ///
+    /// # Errors
+    /// [`BackendError::Storage`].
+    pub fn storage(file: Option<File>, sectors: u64) -> Result<Self, BackendError> {
+        let in_file = match &file {
+            Some(file) => sectors_of(file)
+                .map_err(BackendError::Storage)?
+                .ok()
+                .filter(|in_file| *in_file <= sectors)
+                .ok_or_else(|| {
+                    let reason = format!("it is no file of one or more whole sectors, {sectors} at most");
+                    BackendError::Storage(io::Error::other(reason))
+                })?,
+            None => 0,
+        };
+        Ok(Self {
+            file: file.map(Arc::new),
+            sectors,
+            in_file,
+            read_only: false,
+        })
+    }
+
+    /// Its file.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
     }
 
     /// The same file, seen by the guest as a disk of so many sectors: see [`crate::Disk::sectors`].
@@ -188,27 +218,30 @@ impl FileBackend {
         self.read_only
     }
 
-    /// Whether the request lies within the disk.
-    fn in_range(&self, sector: u64, bytes: u64) -> bool {
+    /// Whether the request lies within so many sectors.
+    fn in_range(sector: u64, bytes: u64, sectors: u64) -> bool {
         bytes.is_multiple_of(SECTOR)
             && sector
                 .checked_add(bytes / SECTOR)
-                .is_some_and(|end| end <= self.sectors)
+                .is_some_and(|end| end <= sectors)
     }
 
     /// Reads into guest memory; returns the bytes read, or `None` if the request is outside disk or memory or fails.
     pub fn read(&self, sector: u64, memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<u64> {
         let total: u64 = buffers.iter().map(|buffer| u64::from(buffer.length)).sum();
-        let in_file = self.in_file.saturating_sub(sector).saturating_mul(SECTOR);
-        if total > in_file && self.in_range(sector, total) {
-            let (stored, behind) = split(buffers, in_file);
-            if !stored.is_empty() {
-                self.read_file(sector, memory, &stored)?;
-            }
-            behind.iter().try_for_each(|buffer| zero(memory, buffer))?;
-            return Some(total);
+        if !Self::in_range(sector, total, self.sectors) {
+            return None;
         }
-        self.read_file(sector, memory, buffers)
+        let in_file = self.in_file.saturating_sub(sector).saturating_mul(SECTOR);
+        if total <= in_file && in_file > 0 {
+            return self.read_file(sector, memory, buffers);
+        }
+        let (stored, behind) = split(buffers, in_file);
+        if !stored.is_empty() {
+            self.read_file(sector, memory, &stored)?;
+        }
+        behind.iter().try_for_each(|buffer| zero(memory, buffer))?;
+        Some(total)
     }
 
     fn read_file(&self, sector: u64, memory: &GuestMemoryMmap, buffers: &[Buffer]) -> Option<u64> {
@@ -238,16 +271,17 @@ impl FileBackend {
         call: impl Fn(i32, &[libc::iovec], libc::off_t) -> isize,
     ) -> Option<u64> {
         let total: u64 = buffers.iter().map(|buffer| u64::from(buffer.length)).sum();
-        if !self.in_range(sector, total) {
+        if !Self::in_range(sector, total, self.in_file) {
             return None;
         }
+        let file = self.file.as_ref()?.as_raw_fd();
         let list = iovecs(memory, buffers)?;
         let mut rest: Vec<libc::iovec> = list;
         let mut offset = sector.checked_mul(SECTOR)?;
         let mut left = total;
         while left > 0 {
             let done = call(
-                self.file.as_raw_fd(),
+                file,
                 rest.get(..rest.len().min(1024))?,
                 i64::try_from(offset).ok()?,
             );
@@ -270,12 +304,43 @@ impl FileBackend {
     /// # Errors
     /// As `fdatasync(2)`.
     pub fn flush(&self) -> io::Result<()> {
-        if self.read_only {
-            Ok(())
-        } else {
-            self.file.sync_data()
+        match &self.file {
+            Some(file) if !self.read_only => file.sync_data(),
+            _ => Ok(()),
         }
     }
+
+    /// Gives the host back what a range takes of its disk; it reads as zeros then. `None` if the range is not within the file, or the
+    /// host refuses; on a file system that cannot do it the range stays as it is, which a guest must expect (5.2.6.2).
+    pub fn discard(&self, sector: u64, sectors: u64) -> Option<()> {
+        let bytes = sectors.checked_mul(SECTOR)?;
+        if self.read_only || !Self::in_range(sector, bytes, self.in_file) {
+            return None;
+        }
+        let file = self.file.as_ref()?;
+        if bytes == 0 {
+            return Some(());
+        }
+        // This mode alone is what the filter of system calls lets through.
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::io::retry_on_intr(|| {
+            rustix::fs::fallocate(file, mode, sector.saturating_mul(SECTOR), bytes)
+        }) {
+            Ok(()) | Err(Errno::OPNOTSUPP) => Some(()),
+            Err(_) => None,
+        }
+    }
+}
+
+/// How many sectors a file has, or how many bytes, if these are no whole sectors or none.
+fn sectors_of(file: &File) -> io::Result<Result<u64, u64>> {
+    let mut file = file;
+    let bytes = io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
+    Ok(if bytes == 0 || bytes % SECTOR != 0 {
+        Err(bytes)
+    } else {
+        Ok(bytes / SECTOR)
+    })
 }
 
 /// The buffers of the first `bytes` bytes, and those of the rest.

@@ -1,9 +1,9 @@
 //! What the guest sees: one queue of requests, each a header, data and a status byte (5.2.6).
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
-    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::Queue;
@@ -18,6 +18,15 @@ const QUEUE_SIZE: u16 = 128;
 /// Buffers of data per request: the queue less header and status.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 const HEADER: usize = 16;
+/// Ranges of a request to discard, and sectors of each: 1 GiB, so that no request takes long.
+const DISCARD_SEGMENTS: u32 = 32;
+const DISCARD_SECTORS: u32 = 1 << 21;
+/// Blocks of the host's file systems: less than one of these cannot be given back.
+const DISCARD_ALIGNMENT: u32 = 8;
+/// A range to discard: first sector, number of sectors, flags (5.2.6.1).
+const DISCARD_SEGMENT: usize = 16;
+/// Where `max_discard_sectors` is in the configuration space (5.2.4).
+const DISCARD_CONFIG: usize = 36;
 /// After so many bytes the device lets go of its lock for a moment. A single request is never cut: it moves less than
 /// 4 GiB (2.7.5.2) and no more than the disk holds.
 const BYTES_AT_ONCE: u64 = 8 << 20;
@@ -61,8 +70,9 @@ impl Block {
         }
     }
 
-    /// Carries out one request; returns its status and the bytes written before the status byte.
-    fn request(&self, chain: &mut Chain, memory: &GuestMemoryMmap) -> (u32, u32) {
+    /// Carries out one request; returns its status and the bytes written before the status byte. `moved` is how much was done at once.
+    fn request(&self, chain: &mut Chain, memory: &GuestMemoryMmap, moved: &mut u64) -> (u32, u32) {
+        *moved = moved.saturating_add(chain.bytes());
         let Some(header) = take_header(chain, memory) else {
             return (VIRTIO_BLK_S_IOERR, 0);
         };
@@ -86,6 +96,10 @@ impl Block {
                 Ok(()) => (VIRTIO_BLK_S_OK, 0),
                 Err(_) => (VIRTIO_BLK_S_IOERR, 0),
             },
+            VIRTIO_BLK_T_DISCARD => {
+                *moved = BYTES_AT_ONCE;
+                (self.discard(chain, memory), 0)
+            }
             VIRTIO_BLK_T_GET_ID => {
                 let mut id = [0u8; VIRTIO_BLK_ID_BYTES as usize];
                 for (byte, value) in id.iter_mut().zip(self.serial.bytes()) {
@@ -104,6 +118,50 @@ impl Block {
             _ => (VIRTIO_BLK_S_UNSUPP, 0),
         }
     }
+
+    /// Discards the ranges of a request; returns its status. Those before one that is refused are discarded.
+    fn discard(&self, chain: &Chain, memory: &GuestMemoryMmap) -> u32 {
+        if self.backend.is_read_only() {
+            return VIRTIO_BLK_S_UNSUPP;
+        }
+        let Some(ranges) = take_ranges(chain, memory) else {
+            return VIRTIO_BLK_S_IOERR;
+        };
+        for range in ranges.as_chunks::<DISCARD_SEGMENT>().0 {
+            let [sector @ .., a, b, c, d, e, f, g, h] = *range;
+            let sector = u64::from_le_bytes(sector);
+            let (sectors, flags) = (u32::from_le_bytes([a, b, c, d]), [e, f, g, h]);
+            if flags != [0; 4] {
+                return VIRTIO_BLK_S_UNSUPP;
+            }
+            if sectors > DISCARD_SECTORS || self.backend.discard(sector, sectors.into()).is_none() {
+                return VIRTIO_BLK_S_IOERR;
+            }
+        }
+        VIRTIO_BLK_S_OK
+    }
+}
+
+/// The ranges of a request to discard, one to [`DISCARD_SEGMENTS`] whole ones.
+fn take_ranges(chain: &Chain, memory: &GuestMemoryMmap) -> Option<Vec<u8>> {
+    let total = chain
+        .readable
+        .iter()
+        .map(|buffer| u64::from(buffer.length))
+        .sum::<u64>();
+    let total = usize::try_from(total).ok()?;
+    let most = (DISCARD_SEGMENTS as usize).saturating_mul(DISCARD_SEGMENT);
+    if total == 0 || total > most || !total.is_multiple_of(DISCARD_SEGMENT) {
+        return None;
+    }
+    let mut bytes = vec![0u8; total];
+    let mut rest = bytes.as_mut_slice();
+    for buffer in &chain.readable {
+        let (part, behind) = rest.split_at_mut_checked(buffer.length as usize)?;
+        memory.read_slice(part, buffer.address).ok()?;
+        rest = behind;
+    }
+    Some(bytes)
 }
 
 /// Reads the header, which may be cut into buffers as the guest likes, and takes it off the readable part.
@@ -149,12 +207,12 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let read_only = if self.backend.is_read_only() {
+        let writing = if self.backend.is_read_only() {
             1 << VIRTIO_BLK_F_RO
         } else {
-            0
+            1 << VIRTIO_BLK_F_DISCARD
         };
-        1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_FLUSH | read_only
+        1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_FLUSH | writing
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
@@ -165,6 +223,13 @@ impl Device for Block {
         let mut config = self.backend.sectors().to_le_bytes().to_vec();
         config.extend_from_slice(&0u32.to_le_bytes()); // size_max
         config.extend_from_slice(&SEGMENTS.to_le_bytes());
+        if !self.backend.is_read_only() {
+            // Geometry to number of queues: of features that are not offered.
+            config.resize(DISCARD_CONFIG, 0);
+            config.extend_from_slice(&DISCARD_SECTORS.to_le_bytes());
+            config.extend_from_slice(&DISCARD_SEGMENTS.to_le_bytes());
+            config.extend_from_slice(&DISCARD_ALIGNMENT.to_le_bytes());
+        }
         config
     }
 
@@ -189,13 +254,12 @@ impl Device for Block {
                 more = false;
                 break;
             };
-            moved = moved.saturating_add(chain.bytes());
             let head = chain.head;
             let written = match take_status(&mut chain) {
                 // No room for a status: nothing can be told, and nothing is done.
                 None => 0,
                 Some(address) => {
-                    let (status, bytes) = self.request(&mut chain, memory);
+                    let (status, bytes) = self.request(&mut chain, memory, &mut moved);
                     match memory.write_obj(status as u8, address) {
                         Ok(()) => bytes.saturating_add(1),
                         Err(_) => 0,

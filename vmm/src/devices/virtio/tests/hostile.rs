@@ -161,20 +161,45 @@ impl Rig {
         }
     }
 
+    /// Much larger than its file, if it has one.
+    fn storage(has_file: bool) -> Self {
+        let memory = Memory::new();
+        let disk = has_file.then(|| tempfile::NamedTempFile::new().unwrap());
+        if let Some(disk) = &disk {
+            disk.as_file().set_len(DISK_SECTORS * 512).unwrap();
+        }
+        let file = disk.as_ref().map(|disk| disk.reopen().unwrap());
+        let backend = FileBackend::storage(file, 1 << 31).unwrap();
+        let slot = Slot::new(SlotBackend::Storage(backend), 4, memory.guest.clone(), line()).unwrap();
+        Self {
+            memory,
+            slot,
+            host: None,
+            disk,
+        }
+    }
+
     fn queues(&self) -> u16 {
         match self.slot {
             Slot::Console(_) => 4,
             Slot::Fs(_) => 2,
-            Slot::Block(..) | Slot::Entropy(_) => 1,
+            Slot::Block(..) | Slot::Entropy(_) | Slot::Storage(_) => 1,
         }
     }
 
     fn save_and_restore(&mut self) {
         let state = self.slot.state();
+        let mut storage = self.disk.as_ref().map(|disk| disk.reopen().unwrap());
         let (backend, host) = console::connection().unwrap();
         host.set_nonblocking(true).unwrap();
         let backend = state
-            .open_backend(&mut Some(backend), &mut None, &mut std::iter::empty(), None)
+            .open_backend(
+                &mut Some(backend),
+                &mut None,
+                &mut storage,
+                &mut std::iter::empty(),
+                None,
+            )
             .unwrap()
             .unwrap();
         self.slot = Slot::from_state(backend, 0, self.memory.guest.clone(), line(), &state)
@@ -305,6 +330,32 @@ proptest! {
     #[test]
     fn a_block_device_survives(read_only: bool, steps in prop::collection::vec(step(), 1..80)) {
         Rig::block(read_only).run(&steps)?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn storage_survives_and_does_not_grow(
+        has_file: bool,
+        kind in prop_oneof![Just(0u8), Just(1), Just(4), Just(11)],
+        requests in prop::collection::vec((any::<u64>(), 0u64..16, any::<bool>(), 0u32..6000, any::<[u8; 16]>()), 1..12),
+        steps in prop::collection::vec(step(), 0..60),
+    ) {
+        let rig = Rig::storage(has_file);
+        let mut driver = Driver::new(&rig.slot, 1 << 9 | 1 << 13, false, 1, 64);
+        for (far, near, is_near, length, range) in requests {
+            let mut header = vec![kind, 0, 0, 0, 0, 0, 0, 0];
+            header.extend_from_slice(&if is_near { near } else { far }.to_le_bytes());
+            rig.memory.write(BUFFERS, &header);
+            rig.memory.write(BUFFERS + 64, &range);
+            let parts = [(BUFFERS, 16, false), (BUFFERS + 64, length, kind == 0), (BUFFERS + 32, 1, true)];
+            driver.add(&rig.memory, 0, &parts).unwrap();
+            driver.notify(&rig.memory, &rig.slot, 0, 1);
+            driver.used(&rig.memory, 0);
+        }
+        rig.run(&steps)?;
     }
 }
 

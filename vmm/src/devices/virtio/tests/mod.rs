@@ -4,4 +4,5 @@ mod driver;
 mod fs;
 mod hostile;
 mod round_trips;
+mod storage;
 mod transport;

@@ -32,7 +32,13 @@ fn restored(slot: &Slot, memory: &Memory) -> (Slot, UnixStream) {
     let state = slot.state();
     let (backend, host) = console::connection().unwrap();
     let backend = state
-        .open_backend(&mut Some(backend), &mut None, &mut std::iter::empty(), None)
+        .open_backend(
+            &mut Some(backend),
+            &mut None,
+            &mut None,
+            &mut std::iter::empty(),
+            None,
+        )
         .unwrap()
         .unwrap();
     let slot = Slot::from_state(backend, 2, memory.guest.clone(), line(), &state).unwrap();
