@@ -1,16 +1,19 @@
 //! The file system that is served: what the crate `fuse-backend-rs` passes through, and what a guest must not ask of it.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, ROOT_ID, stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
     SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
-use rustix::fs::XattrFlags;
+use rustix::fs::{AtFlags, CWD, XattrFlags};
+
+use crate::numbers::Numbers;
 
 /// How long a guest may believe what it was told of a file. The host and other containers change files too.
 const BELIEVED: Duration = Duration::from_secs(1);
@@ -23,6 +26,7 @@ type Handle = <PassthroughFs as FileSystem>::Handle;
 /// Everything below the root of this process, for one guest.
 pub struct Directories {
     files: PassthroughFs,
+    numbers: Numbers,
 }
 
 impl Directories {
@@ -45,6 +49,7 @@ impl Directories {
         };
         Ok(Self {
             files: PassthroughFs::new(config)?,
+            numbers: Numbers::default(),
         })
     }
 
@@ -52,6 +57,16 @@ impl Directories {
     #[must_use]
     pub fn descriptors(&self) -> Vec<std::os::fd::RawFd> {
         self.files.keep_fds()
+    }
+
+    /// What was found, under the guest's number of it.
+    fn numbered(&self, mut entry: Entry) -> Entry {
+        self.number(&mut entry.attr);
+        entry
+    }
+
+    fn number(&self, attributes: &mut stat64) {
+        attributes.st_ino = self.numbers.of(attributes.st_dev, attributes.st_ino);
     }
 
     /// Where a file is, below the root. There is no descriptor by which extended attributes could be reached without `/proc`.
@@ -100,6 +115,8 @@ impl FileSystem for Directories {
         let mut options = self.files.init(capable)? | more;
         // No file is mapped into the guest from here.
         options.remove(FsOptions::PERFILE_DAX);
+        let (root, _) = self.files.getattr(&Context::default(), ROOT_ID, None)?;
+        self.numbers.set_root(root.st_dev);
         Ok(options)
     }
 
@@ -109,7 +126,7 @@ impl FileSystem for Directories {
 
     fn lookup(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         plain(name)?;
-        self.files.lookup(ctx, parent, name)
+        Ok(self.numbered(self.files.lookup(ctx, parent, name)?))
     }
 
     fn forget(&self, ctx: &Context, inode: Inode, count: u64) {
@@ -121,7 +138,9 @@ impl FileSystem for Directories {
     }
 
     fn getattr(&self, ctx: &Context, inode: Inode, handle: Option<Handle>) -> io::Result<(stat64, Duration)> {
-        self.files.getattr(ctx, inode, handle)
+        let (mut attributes, believed) = self.files.getattr(ctx, inode, handle)?;
+        self.number(&mut attributes);
+        Ok((attributes, believed))
     }
 
     fn setattr(
@@ -132,7 +151,9 @@ impl FileSystem for Directories {
         handle: Option<Handle>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
-        self.files.setattr(ctx, inode, attr, handle, valid)
+        let (mut attributes, believed) = self.files.setattr(ctx, inode, attr, handle, valid)?;
+        self.number(&mut attributes);
+        Ok((attributes, believed))
     }
 
     fn readlink(&self, ctx: &Context, inode: Inode) -> io::Result<Vec<u8>> {
@@ -141,7 +162,7 @@ impl FileSystem for Directories {
 
     fn symlink(&self, ctx: &Context, target: &CStr, parent: Inode, name: &CStr) -> io::Result<Entry> {
         plain(name)?;
-        self.files.symlink(ctx, target, parent, name)
+        Ok(self.numbered(self.files.symlink(ctx, target, parent, name)?))
     }
 
     fn mknod(
@@ -158,12 +179,12 @@ impl FileSystem for Directories {
         if matches!(mode & libc::S_IFMT, libc::S_IFCHR | libc::S_IFBLK) {
             return Err(error(libc::EPERM));
         }
-        self.files.mknod(ctx, parent, name, mode, rdev, umask)
+        Ok(self.numbered(self.files.mknod(ctx, parent, name, mode, rdev, umask)?))
     }
 
     fn mkdir(&self, ctx: &Context, parent: Inode, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
         plain(name)?;
-        self.files.mkdir(ctx, parent, name, mode, umask)
+        Ok(self.numbered(self.files.mkdir(ctx, parent, name, mode, umask)?))
     }
 
     fn unlink(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<()> {
@@ -196,7 +217,16 @@ impl FileSystem for Directories {
 
     fn link(&self, ctx: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
         plain(name)?;
-        self.files.link(ctx, inode, parent, name)
+        match self.files.link(ctx, inode, parent, name) {
+            // Without CAP_DAC_READ_SEARCH, by which every file of the host could be opened, a file that is only held open has no
+            // links made to it: before Linux 6.10 never, and then not once the thread has acted for a user.
+            Err(refused) if refused.raw_os_error() == Some(libc::ENOENT) => {
+                let place = self.path(parent)?.join(OsStr::from_bytes(name.to_bytes()));
+                rustix::fs::linkat(CWD, self.path(inode)?, CWD, place, AtFlags::empty())?;
+                self.lookup(ctx, parent, name)
+            }
+            made => made.map(|entry| self.numbered(entry)),
+        }
     }
 
     fn open(
@@ -217,7 +247,8 @@ impl FileSystem for Directories {
         args: CreateIn,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions, Option<u32>)> {
         plain(name)?;
-        self.files.create(ctx, parent, name, args)
+        let (entry, handle, options, passthrough) = self.files.create(ctx, parent, name, args)?;
+        Ok((self.numbered(entry), handle, options, passthrough))
     }
 
     fn read(
@@ -347,7 +378,18 @@ impl FileSystem for Directories {
         offset: u64,
         add: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
     ) -> io::Result<()> {
-        self.files.readdir(ctx, inode, handle, bounded(size), offset, add)
+        // The crate gives numbers of its own here, which are those of no file's attributes.
+        let mut add_plain = |mut one: DirEntry<'_>, found: Entry| {
+            one.ino = self.numbers.of(found.attr.st_dev, found.attr.st_ino);
+            let added = add(one);
+            // It was looked up for its attributes. What did not fit is forgotten there.
+            if !matches!(added, Ok(0)) {
+                self.files.forget(ctx, found.inode, 1);
+            }
+            added
+        };
+        self.files
+            .readdirplus(ctx, inode, handle, bounded(size), offset, &mut add_plain)
     }
 
     fn readdirplus(
@@ -359,8 +401,13 @@ impl FileSystem for Directories {
         offset: u64,
         add: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
+        let mut add_numbered = |mut one: DirEntry<'_>, found: Entry| {
+            let found = self.numbered(found);
+            one.ino = found.attr.st_ino;
+            add(one, found)
+        };
         self.files
-            .readdirplus(ctx, inode, handle, bounded(size), offset, add)
+            .readdirplus(ctx, inode, handle, bounded(size), offset, &mut add_numbered)
     }
 
     fn fsyncdir(&self, ctx: &Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()> {

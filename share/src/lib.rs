@@ -17,6 +17,7 @@
 )]
 
 mod directories;
+mod numbers;
 mod server;
 
 pub use directories::Directories;

@@ -18,6 +18,9 @@ pub const REQUEST_MAX: usize = DATA_MAX + (8 << 10);
 const THREADS: usize = 4;
 /// Bytes of the header with which a request begins; the first four tell its length.
 const HEADER: usize = 40;
+/// Messages that have no answer of their own.
+const INTERRUPT: u32 = 36;
+const NOTIFY_REPLY: u32 = 41;
 
 /// Serves the guest at the other end of a socket of packets (`SOCK_SEQPACKET`) until that is closed. `confine` is called first thing
 /// in each thread, this one among them; where it says no, the thread serves nothing.
@@ -73,6 +76,10 @@ fn answer(server: &Server<Arc<Directories>>, socket: BorrowedFd<'_>, message: &m
         .get(4..8)
         .and_then(|bytes| bytes.try_into().ok())
         .map_or(0, u32::from_le_bytes);
+    if matches!(opcode, INTERRUPT | NOTIFY_REPLY) {
+        // Nothing here can be interrupted, nor has it asked anything. The crate would say nothing, and the guest wait for ever.
+        return refuse(socket, &unique, libc::ENOSYS);
+    }
     let handled = Reader::<()>::from_fuse_buffer(FuseBuf::new(message)).and_then(|reader| {
         let writer = FuseDevWriter::new(socket.as_raw_fd(), reply)?;
         Ok(server.handle_message(reader, Writer::FuseDev(writer), None, None))
@@ -80,10 +87,15 @@ fn answer(server: &Server<Arc<Directories>>, socket: BorrowedFd<'_>, message: &m
     let refused = !matches!(handled, Ok(Ok(_)));
     if refused && !is_forgetting(opcode) {
         // It may have been told already: who waits knows of each request one reply, and drops another.
-        let mut header = [16u32.to_le_bytes(), (-libc::EINVAL).to_le_bytes()].concat();
-        header.extend_from_slice(&unique);
-        let _ = rustix::net::send(socket, &header, rustix::net::SendFlags::NOSIGNAL);
+        refuse(socket, &unique, libc::EINVAL);
     }
+}
+
+fn refuse(socket: BorrowedFd<'_>, unique: &[u8], number: i32) {
+    let result = number.checked_neg().unwrap_or(number);
+    let mut header = [16u32.to_le_bytes(), result.to_le_bytes()].concat();
+    header.extend_from_slice(unique);
+    let _ = rustix::net::send(socket, &header, rustix::net::SendFlags::NOSIGNAL);
 }
 
 /// Whether a request is one to which nobody expects a reply: FORGET and BATCH_FORGET.

@@ -8,4 +8,5 @@ mod container;
 mod harness;
 mod hostile_init;
 mod others;
+mod share;
 mod table;

@@ -11,7 +11,7 @@ fn tests() -> BTreeSet<String> {
         .iter()
         .map(|(test, _)| format!("hostile_init::{test}"))
         .collect();
-    for module in ["container", "others"] {
+    for module in ["container", "others", "share"] {
         let source = fs::read_to_string(directory.join(module).with_extension("rs")).unwrap();
         let mut lines = source.lines();
         while let Some(line) = lines.next() {

@@ -3,6 +3,7 @@
 mod docs;
 mod exec;
 mod faults;
+mod file_system;
 mod files;
 mod lifecycle;
 mod limits;

@@ -103,3 +103,18 @@ fn perl_does_what_its_core_is_for() {
 fn openssl_serves_tls_and_checks_certificates() {
     all_under("OpenSSL");
 }
+
+#[test]
+fn fsx_finds_in_a_volume_what_it_has_written() {
+    all_under("Files of a volume: fsx");
+}
+
+#[test]
+fn pjdfstest_finds_system_calls_about_files_as_posix_has_them() {
+    all_under("Files of a volume: pjdfstest");
+}
+
+#[test]
+fn a_mapped_file_of_a_volume_is_shared_and_written() {
+    all_under("Files of a volume: mapped files");
+}

@@ -6,6 +6,7 @@
 
 mod agent;
 mod driver;
+mod fuse;
 mod instructions;
 mod kernel;
 mod machine;
@@ -137,6 +138,8 @@ fn attack(name: &str, attacker: &mut Attacker) -> (u8, After) {
         "requests-onto-rings" => queues::requests_onto_rings(machine, random),
         "largest-requests" => queues::largest_requests(machine, random),
         "concurrent-mutation" => queues::concurrent_mutation(machine, random),
+
+        "fuse" => fuse::nonsense(machine, random),
 
         "registers" => registers::random_values(machine, random),
         "reset-at-any-moment" => registers::reset_at_any_moment(machine, random),
