@@ -102,8 +102,17 @@ impl Client {
     }
 
     fn send(&self, message: &ToMonitor, descriptors: &[BorrowedFd<'_>]) -> Result<(), EngineError> {
-        messages::send(&self.socket, message, descriptors)
-            .map_err(EngineError::host("ask the container's monitor"))
+        messages::send(&self.socket, message, descriptors).map_err(|error| match error.kind() {
+            // It has ended since it let this connection in.
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => self.not_running(),
+            _ => EngineError::host("ask the container's monitor")(error),
+        })
+    }
+
+    fn not_running(&self) -> EngineError {
+        EngineError::NotRunning {
+            name: self.name.clone(),
+        }
     }
 
     fn receive(&self) -> Result<Option<FromMonitor>, EngineError> {
@@ -120,9 +129,7 @@ impl Client {
         match self.receive()? {
             Some(FromMonitor::Done) => Ok(()),
             Some(FromMonitor::Refused(reason)) => Err(EngineError::Refused(reason)),
-            Some(FromMonitor::Ended(_)) | None => Err(EngineError::NotRunning {
-                name: self.name.clone(),
-            }),
+            Some(FromMonitor::Ended(_)) | None => Err(self.not_running()),
             Some(other) => Err(EngineError::Refused(format!(
                 "the monitor of container {} answered {other:?}",
                 self.name
@@ -197,11 +204,7 @@ impl Client {
                 Some(FromMonitor::Ended(ending)) => return Ok(ending),
                 Some(FromMonitor::Refused(reason)) => return Err(EngineError::Refused(reason)),
                 Some(_) => {}
-                None => {
-                    return Err(EngineError::NotRunning {
-                        name: self.name.clone(),
-                    });
-                }
+                None => return Err(self.not_running()),
             }
         }
     }
@@ -351,4 +354,28 @@ pub(super) fn attach_message<'fd>(attachment: &Attachment<'fd>) -> (ToMonitor, V
     };
     let descriptors = [attachment.stdin, attachment.stdout, attachment.stderr];
     (message, descriptors.into_iter().flatten().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_monitor_that_ends_at_this_moment_is_one_of_a_container_that_does_not_run() {
+        let client = || {
+            let (socket, monitors) = UnixStream::pair().unwrap();
+            drop(monitors);
+            Client::new(socket, "box".into(), None)
+        };
+        let refused = [
+            client().wait().map(|_| ()),
+            client().stop(None, None).map(|_| ()),
+            client().signal(15),
+            client().pause(),
+        ];
+        for result in refused {
+            assert!(matches!(result, Err(EngineError::NotRunning { .. })), "{result:?}");
+        }
+        assert!(client().kill(15).is_err());
+    }
 }
