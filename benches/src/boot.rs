@@ -1,7 +1,7 @@
 //! Cold boots: to the freeze point, by phase, and beside Firecracker with the same kernel.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -209,13 +209,13 @@ pub fn measure(
 
 /// From spawning a process to having its exit status.
 fn to_exit(command: &mut Command) -> anyhow::Result<f64> {
-    Ok(process::watch(command, |_| false)?.exit)
+    Ok(process::watch(command.stdin(Stdio::null()), |_| false)?.exit)
 }
 
 /// From spawning a process to reading a line with `words` from it.
 fn to_line(command: &mut Command, words: &str) -> anyhow::Result<f64> {
     let has_words = |output: &[u8]| String::from_utf8_lossy(output).contains(words);
-    process::watch(command, has_words)?
+    process::watch(command.stdin(Stdio::null()), has_words)?
         .mark
         .with_context(|| format!("{command:?} never said '{words}'"))
 }

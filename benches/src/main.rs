@@ -22,6 +22,7 @@ mod rounds;
 mod scaling;
 mod start;
 mod targets;
+mod warm;
 mod workspace;
 
 use std::path::PathBuf;
@@ -82,6 +83,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let template = start::measure(&workspace, &selection, arguments.rounds, &mut report)?;
     let many = ((arguments.rounds / 3).max(1), arguments.starts);
     scaling::measure(&workspace, &template, &selection, many, &mut report)?;
+    warm::measure(&workspace, &selection, (arguments.rounds / 5).max(1), &mut report)?;
     counts::measure(&template, &selection, (arguments.rounds / 5).max(1), &mut report)?;
     // Memory needs no particular clock, and hundreds of clones take long where instructions are counted.
     if workspace.has_shell

@@ -15,7 +15,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use crate::report::{self, Measure, Report, Unit};
 
 /// Measures of `latency.svg` from the top down, and who is measured.
-const STARTS: [(&str, Who); 11] = [
+const STARTS: [(&str, Who); 15] = [
     ("process_first_byte", Who::Host),
     ("kvm_floor", Who::Host),
     ("fork_first_instruction", Who::Picovm),
@@ -23,6 +23,10 @@ const STARTS: [(&str, Who); 11] = [
     ("parked_first_byte", Who::Picovm),
     ("engine_first_byte", Who::Picovm),
     ("run_first_byte", Who::Picovm),
+    ("warm_python", Who::Picovm),
+    ("cold_python", Who::Picovm),
+    ("warm_redis", Who::Picovm),
+    ("cold_redis", Who::Picovm),
     ("crun_first_byte", Who::Peer),
     ("runc_first_byte", Who::Peer),
     ("firecracker_restore", Who::Peer),

@@ -23,9 +23,10 @@ pub struct Watched {
     pub exit: f64,
 }
 
-/// Runs `command` to its end and notes when its output is what `is_mark` waits for. That it fails is an error.
+/// Runs `command`, with the standard input that it was given, to its end and notes when its output is what `is_mark` waits for. That it
+/// fails is an error.
 pub fn watch(command: &mut Command, is_mark: impl Fn(&[u8]) -> bool) -> anyhow::Result<Watched> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    command.stdout(Stdio::piped());
     let start = Instant::now();
     let mut child = command
         .spawn()

@@ -4,7 +4,7 @@
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -234,7 +234,7 @@ pub fn sized_template(
 
 /// From spawning a process to the first byte that it writes, and to its exit status.
 fn process(command: &mut Command) -> anyhow::Result<[f64; 2]> {
-    let watched = process::watch(command, |output| !output.is_empty())?;
+    let watched = process::watch(command.stdin(Stdio::null()), |output| !output.is_empty())?;
     check_output(&watched.output)?;
     Ok([watched.mark.context("it wrote nothing")?, watched.exit])
 }

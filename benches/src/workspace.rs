@@ -141,6 +141,11 @@ impl Workspace {
         self.directory.path().join(name)
     }
 
+    /// Copies an image of the store that this was started with into this one, if it is there.
+    pub fn take_image(&self, name: &str) -> anyhow::Result<Option<Image>> {
+        take_image(&self.store, name)
+    }
+
     /// The binary of a VMM, if it is to be compared with.
     pub fn peer(&self, peer: Peer) -> Option<&Path> {
         self.peers.get(&peer).map(|binary| binary.path.as_path())
@@ -168,7 +173,7 @@ fn take_image(store: &Store, name: &str) -> anyhow::Result<Option<Image>> {
     let common = Store::open_default()?;
     let Ok(image) = common.image(name) else {
         eprintln!(
-            "no image {name} in {}: measuring without it; `make image` makes it",
+            "no image {name} in {}: measuring without it; `make images` makes it",
             common.root().display()
         );
         return Ok(None);

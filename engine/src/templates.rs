@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use picovm_vmm::template::{FORMAT_VERSION, Metadata, partial_prefix};
+use picovm_vmm::template::{FORMAT_VERSION, Metadata, unfinished};
 use picovm_vmm::{
     BootFiles, Disk, Draft, Expected, ForkOptions, MachineConfig, Template, TemplateError, WorkingSet,
 };
@@ -467,9 +467,24 @@ impl Store {
             Err(error) if is_outdated(&error) => store::remove(&path)?,
             opened => return Ok(opened?),
         }
-        // A builder that was killed may have left something half-written; one that is alive would hold the lock.
-        store::remove_leftovers(&self.templates_directory(), &partial_prefix(&path));
+        self.remove_unfinished(key);
         make(&path, progress)
+    }
+
+    /// Removes what killed makers of templates have left half-written, of whatever template. One that is alive holds its template's
+    /// lock, as the caller does that of `own`. What cannot be removed only takes room.
+    fn remove_unfinished(&self, own: &str) {
+        let directory = self.templates_directory();
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let Some(key) = name.to_str().and_then(unfinished) else {
+                continue;
+            };
+            let lock = (key != own).then(|| Lock::try_take(&directory.join(format!("{key}.lock"))));
+            if matches!(lock, None | Some(Ok(Some(_)))) {
+                let _ = store::remove(&entry.path());
+            }
+        }
     }
 
     /// All templates, newest first; those that cannot be read last.

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::process::{Output, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Output, Stdio};
 use std::sync::OnceLock;
 
 use picovm_tests::{children, kill};
 
-use crate::{Container, PATIENCE, output, picovm, refused, stderr, stdout, told, until};
+use crate::{Container, PATIENCE, output, picovm, refused, stderr, stdout, store, told, until};
 
 /// Brings hooks, starts slowly, then answers each line of its standard input with what only this run of it knows; ends with 3 when
 /// there are no more.
@@ -282,35 +283,108 @@ fn what_cannot_be_changed_of_a_running_application_is_refused() {
     assert!(told(&["template", "inspect", "app"]).contains("\"perl\""));
 }
 
+/// A `picovm template warm` under way, and the two processes below it: the one that starts jailed ones, and a jailed one.
+struct UnderWay {
+    picovm: Child,
+    maker: u32,
+    jailed: u32,
+    cgroup: PathBuf,
+}
+
+/// Gets warm after a few seconds.
+const SLOW: [&str; 8] = [
+    "template",
+    "warm",
+    "--until-log",
+    "up",
+    "debian",
+    "--",
+    "sh",
+    "-c",
+];
+const SLOW_SCRIPT: &str = "sleep 3; echo up; read line; echo got $line";
+
+impl UnderWay {
+    fn begin(options: &[&str]) -> Self {
+        // The image's template is not what is killed.
+        store();
+        let arguments = [&SLOW[..2], options, &SLOW[2..], &[SLOW_SCRIPT]].concat();
+        let picovm = picovm(&arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("picovm starts");
+        let below = |process: u32| children(process).first().copied();
+        let jail = |jailed: u32| {
+            let told = std::fs::read_to_string(format!("/proc/{jailed}/cgroup")).ok()?;
+            let path = told.trim_end().strip_prefix("0::/")?;
+            // Before it is in its jail it is where everybody else is.
+            path.contains("picovm")
+                .then(|| PathBuf::from("/sys/fs/cgroup").join(path))
+        };
+        let in_its_jail = || {
+            let maker = below(picovm.id())?;
+            let jailed = below(maker)?;
+            Some((maker, jailed, jail(jailed)?))
+        };
+        until(|| in_its_jail().is_some(), || "nobody makes the template".into());
+        let (maker, jailed, cgroup) = in_its_jail().expect("a jailed process");
+        Self {
+            picovm,
+            maker,
+            jailed,
+            cgroup,
+        }
+    }
+
+    /// Waits until no process of it is there, and no cgroup.
+    fn is_gone(&self) {
+        let there = || {
+            [self.maker, self.jailed]
+                .map(|process| PathBuf::from(format!("/proc/{process}")))
+                .into_iter()
+                .chain([self.cgroup.clone()])
+                .filter(|path| path.exists())
+                .collect::<Vec<_>>()
+        };
+        until(
+            || there().is_empty(),
+            || format!("{:?} after {PATIENCE:?}", there()),
+        );
+    }
+}
+
+/// Templates that are half-written.
+fn unfinished() -> usize {
+    let templates = std::fs::read_dir(store().path().join("templates")).expect("the templates");
+    templates
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(".freezing-"))
+        .count()
+}
+
 #[test]
-fn who_is_killed_while_an_application_gets_warm_leaves_no_process() {
-    app();
-    let mut child: std::process::Child = picovm(&[
-        "template",
-        "warm",
-        "--until-log",
-        "never",
-        "debian",
-        "--",
-        "sleep",
-        "1000",
-    ])
-    .stdout(Stdio::null())
-    .stderr(Stdio::null())
-    .spawn()
-    .expect("picovm starts");
-    let below = |process: u32| children(process).first().copied();
-    until(
-        || below(child.id()).and_then(below).is_some(),
-        || "nobody makes the template".into(),
-    );
-    let maker = below(child.id()).expect("a maker");
-    let jailed = below(maker).expect("a jailed process");
-    kill(child.id());
-    let _ = child.wait();
-    let gone = |process: u32| !std::path::Path::new(&format!("/proc/{process}")).exists();
-    until(
-        || gone(maker) && gone(jailed),
-        || format!("{maker} and {jailed} after {PATIENCE:?}"),
-    );
+fn who_is_killed_while_an_application_gets_warm_leaves_nothing() {
+    // Who asks has no time to tidy up: its processes and their cgroup go at once, its files with the next template that is made,
+    // which is another one here.
+    let mut killed = UnderWay::begin(&["--name", "killed"]);
+    kill(killed.picovm.id());
+    killed.picovm.wait().expect("it ends");
+    killed.is_gone();
+    // Of the process with the guest in it, who asks is told.
+    let killed = UnderWay::begin(&["--name", "again"]);
+    kill(killed.jailed);
+    let (maker, jailed, cgroup) = (killed.maker, killed.jailed, killed.cgroup);
+    let output = killed.picovm.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(125));
+    assert!(stderr(&output).contains("signal 9"), "{}", stderr(&output));
+    for gone in [format!("/proc/{maker}"), format!("/proc/{jailed}")] {
+        assert!(!Path::new(&gone).exists(), "{gone}");
+    }
+    assert!(!cgroup.exists(), "{}", cgroup.display());
+    assert_eq!(unfinished(), 0);
+    // Both names are free, and the same command works.
+    let arguments = [&SLOW[..2], &["--name", "killed"], &SLOW[2..], &[SLOW_SCRIPT]].concat();
+    told(&arguments);
+    assert_eq!(stdout(&answers("killed", &[], "it\n")), "got it");
 }

@@ -70,8 +70,20 @@ fn python_passes_its_own_tests_of_memory_maps_and_threads() {
 }
 
 #[test]
-fn python_passes_a_selection_of_its_own_tests_of_processes() {
-    all_under("Python: a selection of processes");
+fn python_passes_its_own_tests_of_processes() {
+    all_under("Python: processes");
+}
+
+#[test]
+#[ignore = "it was seen to stand still, for a reason that is not known; `make programs` runs it"]
+fn python_passes_its_own_tests_of_sockets() {
+    all_under("Python: sockets");
+}
+
+#[test]
+#[ignore = "it takes some twelve minutes in the emulated host; `make programs` runs it"]
+fn python_passes_its_own_tests_of_event_loops() {
+    all_under("Python: event loops");
 }
 
 #[test]

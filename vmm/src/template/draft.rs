@@ -16,14 +16,19 @@ use crate::arch::cpuid::Processor;
 use crate::machine::MachineError;
 use crate::vm;
 
-/// Begins the name of the directory, beside a template's own, into which the template is written before it gets its
-/// name. A freeze that is killed leaves it.
+/// Begins the name of the directory, beside a template's own, into which the template is written before it gets its name.
+const PARTIAL: &str = ".freezing-";
+
+fn partial_prefix(directory: &Path) -> String {
+    let name = directory.file_name().unwrap_or_default().to_string_lossy();
+    format!("{PARTIAL}{name}-")
+}
+
+/// The name of the template that a directory of this name was begun for. A freeze that is killed leaves it.
 #[must_use]
-pub fn partial_prefix(directory: &Path) -> String {
-    format!(
-        ".freezing-{}-",
-        directory.file_name().unwrap_or_default().to_string_lossy()
-    )
+pub fn unfinished(name: &str) -> Option<&str> {
+    let (template, _random) = name.strip_prefix(PARTIAL)?.rsplit_once('-')?;
+    Some(template)
 }
 
 /// Empty files for a machine's memory and state.
@@ -241,6 +246,17 @@ fn sync(path: &Path) -> Result<(), TemplateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_left_of_a_draft_tells_whose_it_was() {
+        let parent = tempfile::tempdir().unwrap();
+        let draft = Draft::new(&parent.path().join("one-two")).unwrap();
+        let name = draft.path().file_name().unwrap().to_str().unwrap();
+        assert_eq!(unfinished(name), Some("one-two"));
+        for other in ["one-two", ".freezing-", ".freezing-one", "one.lock"] {
+            assert_eq!(unfinished(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn nobody_but_its_maker_can_write_to_a_template() {

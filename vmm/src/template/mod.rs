@@ -30,7 +30,7 @@ mod freeze;
 mod large_pages;
 mod open;
 
-pub use draft::{Draft, FrozenFiles, partial_prefix};
+pub use draft::{Draft, FrozenFiles, unfinished};
 pub use expected::Expected;
 pub use format::{FORMAT_VERSION, FileRecord, Metadata, TemplateError, encode as encode_metadata};
 pub use freeze::FreezeOptions;
