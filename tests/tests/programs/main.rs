@@ -75,7 +75,6 @@ fn python_passes_its_own_tests_of_processes() {
 }
 
 #[test]
-#[ignore = "it was seen to stand still, for a reason that is not known; `make programs` runs it"]
 fn python_passes_its_own_tests_of_sockets() {
     all_under("Python: sockets");
 }
