@@ -5,10 +5,11 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::confinement::VmmProcess;
+use crate::timeout;
 
 /// How long a VMM process may go on whose other end is closed: it takes its clone down, which is a matter of milliseconds. One
 /// that its guest has taken over, or that was stopped, may not want to.
@@ -76,7 +77,7 @@ impl Children {
             return Ok(Asked::Nothing);
         }
         let first = self.0.iter().filter_map(|child| child.until).chain(due).min();
-        let timeout = first.map(|first| timespec(first.saturating_duration_since(Instant::now())));
+        let timeout = first.map(timeout::until);
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -112,13 +113,6 @@ impl Children {
             false if due.is_some_and(|due| due <= now) => Asked::Time,
             false => Asked::Nothing,
         })
-    }
-}
-
-fn timespec(duration: Duration) -> Timespec {
-    Timespec {
-        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(duration.subsec_nanos()),
     }
 }
 

@@ -11,7 +11,7 @@ use picovm_jailer::{
     Cgroup, Ended, Filters, Jail, Jailer, Mode, Policy, Resource, Seccomp, SeccompMode, ThreadKind,
 };
 use picovm_vmm::{OnThread, Template, Threads};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -19,6 +19,7 @@ use rustix::process::{
 use serde::{Deserialize, Serialize};
 
 use crate::error::EngineError;
+use crate::timeout;
 
 /// What stands between a VMM process and the host, beside the wall of its VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -267,10 +268,7 @@ impl VmmProcess {
 
     /// Whether it ends by itself in time.
     pub(crate) fn ends_within(&self, limit: Duration) -> bool {
-        let timeout = Timespec {
-            tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(limit.subsec_nanos()),
-        };
+        let timeout = timeout::timespec(limit);
         loop {
             match poll(&mut [PollFd::new(self, PollFlags::IN)], Some(&timeout)) {
                 Err(rustix::io::Errno::INTR) => {}

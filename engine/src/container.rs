@@ -12,12 +12,13 @@ use picovm_guest_protocol::{
     ContainerSpec, Identity, IdentityError, Limits, Mount, ProcessSpec, TerminalSize,
 };
 use picovm_vmm::{ForkOptions, Machine, Outcome, Template};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::confinement::ThreadFilters;
 use crate::error::EngineError;
 use crate::session::Session;
 use crate::share::{self, Shared};
+use crate::timeout;
 
 /// What to run and how.
 #[derive(Debug, Default)]
@@ -338,10 +339,7 @@ impl Container {
     /// [`EngineError::Host`] if `timeout` passes before.
     pub fn wait_for_output(&self, timeout: Duration) -> Result<(), EngineError> {
         let failed = EngineError::host("wait for output of the container");
-        let timeout = Timespec {
-            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(timeout.subsec_nanos()),
-        };
+        let timeout = timeout::timespec(timeout);
         let stopped = self.machine.stopped_descriptor();
         let mut fds = [
             PollFd::new(&self.connection, PollFlags::IN),

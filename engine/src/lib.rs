@@ -42,6 +42,7 @@ mod share;
 mod store;
 mod streams;
 mod templates;
+pub mod timeout;
 mod vmm_process;
 pub mod volumes;
 mod warm;

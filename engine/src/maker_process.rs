@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use picovm_jailer::{Cgroup, Jailer, Mode, Policy, Resource, Seccomp, SeccompMode, Work};
 use picovm_vmm::{BootFiles, ForkOptions, FrozenFiles, Machine, MachineConfig, Outcome, Template};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,7 @@ use crate::error::EngineError;
 use crate::maker::{FromMaker, Order};
 use crate::messages;
 use crate::templates;
+use crate::timeout;
 use crate::warming::{Until, Warming};
 
 /// How long a guest may take to its freeze point. It takes under a second on a real host.
@@ -423,10 +424,7 @@ fn supervise(
                 ))),
             };
         }
-        let timeout = left.map(|left| Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(left.subsec_nanos()),
-        });
+        let timeout = left.map(timeout::timespec);
         let mut fds = vec![
             PollFd::new(&process, PollFlags::IN),
             PollFd::new(control, PollFlags::IN),

@@ -11,13 +11,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use picovm_vmm::Template;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::confinement::Confinement;
 use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 use crate::running::RunningContainer;
+use crate::timeout;
 
 /// Environment variable that names another `picovm-vmm`.
 pub const VMM_VARIABLE: &str = "PICOVM_VMM";
@@ -299,10 +300,7 @@ const PARKING_MAX: Duration = Duration::from_secs(30);
 
 /// Waits until a descriptor is readable; [`io::ErrorKind::TimedOut`] if it is not by then.
 pub(crate) fn wait_readable(source: &impl AsFd, timeout: Duration) -> io::Result<()> {
-    let timeout = Timespec {
-        tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(timeout.subsec_nanos()),
-    };
+    let timeout = timeout::timespec(timeout);
     loop {
         match poll(&mut [PollFd::new(source, PollFlags::IN)], Some(&timeout)) {
             Ok(0) => return Err(io::ErrorKind::TimedOut.into()),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use picovm_guest_protocol::frame::{LAYER, MAIN};
 use picovm_guest_protocol::{ContainerExit, FrameError, Helper, ProcessSpec, StartFailure, TerminalSize};
 use rustix::buffer::spare_capacity;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::attach::Wake;
 use crate::container::Container;
@@ -17,6 +17,7 @@ use crate::error::EngineError;
 use crate::scheduling::Prompt;
 use crate::session::{Event, Session};
 use crate::streams::{Channel, Descriptor};
+use crate::timeout;
 
 /// What is to happen to a container that is served.
 pub(crate) enum Command {
@@ -424,13 +425,7 @@ enum Source {
 /// Waits for these, until the deadline; returns those that are ready.
 fn wait(fds: Vec<(Source, PollFd<'_>)>, deadline: Option<Instant>) -> Result<Vec<Source>, EngineError> {
     let (sources, mut fds): (Vec<Source>, Vec<PollFd<'_>>) = fds.into_iter().unzip();
-    let timeout = deadline.map(|deadline| {
-        let left = deadline.saturating_duration_since(Instant::now());
-        Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(left.subsec_nanos()),
-        }
-    });
+    let timeout = deadline.map(timeout::until);
     match poll(&mut fds, timeout.as_ref()) {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(error) => return Err(EngineError::host("wait for the container")(error.into())),

@@ -18,13 +18,14 @@ use std::time::{Duration, Instant};
 use picovm_guest_protocol::frame::MAIN;
 use picovm_guest_protocol::{ContainerExit, FrameError, Helper, ProcessSpec, Stream};
 use picovm_vmm::{Machine, Outcome};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::container::Container;
 use crate::error::EngineError;
 use crate::printable::printable_text;
 use crate::session::Event;
+use crate::timeout;
 
 /// What says that an application is warm.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -203,10 +204,7 @@ impl Warming {
     fn wait(&mut self, left: Option<Duration>) -> Result<(), EngineError> {
         let failed = |error: rustix::io::Errno| EngineError::host("wait for the application")(error.into());
         let container = &mut self.container;
-        let timeout = left.map(|left| Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(left.subsec_nanos()),
-        });
+        let timeout = left.map(timeout::timespec);
         let mut waits_for = PollFlags::IN;
         waits_for.set(PollFlags::OUT, !container.session.to_send().is_empty());
         let stopped = {

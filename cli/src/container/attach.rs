@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use picovm_engine::containers::{Attachment, Client, ClientNews, Ending, Status};
 use picovm_engine::{ContainerExit, Store};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 
 use super::arguments::{AttachOptions, SessionOptions};
@@ -231,11 +231,7 @@ fn wait(
     deadline: Option<Instant>,
 ) -> anyhow::Result<Ready> {
     loop {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let timeout = left.map(|left| Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(left.subsec_nanos()),
-        });
+        let timeout = deadline.map(picovm_engine::timeout::until);
         let stdin = rustix::stdio::stdin();
         let mut fds = vec![
             PollFd::new(client, PollFlags::IN),

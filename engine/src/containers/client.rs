@@ -374,7 +374,10 @@ mod tests {
             client().pause(),
         ];
         for result in refused {
-            assert!(matches!(result, Err(EngineError::NotRunning { .. })), "{result:?}");
+            assert!(
+                matches!(result, Err(EngineError::NotRunning { .. })),
+                "{result:?}"
+            );
         }
         assert!(client().kill(15).is_err());
     }

@@ -17,6 +17,7 @@ use super::{Monitor, Purpose, Running, Saving};
 use crate::error::EngineError;
 use crate::running::News;
 use crate::streams::Sink;
+use crate::timeout;
 
 /// Bytes that wait for who has attached, from which on nothing more is read of the container.
 const BACKLOG: usize = 64 << 10;
@@ -47,13 +48,7 @@ impl Monitor<'_> {
     /// Waits until something is ready, or until then, and deals with it.
     pub(super) fn turn(&mut self, until: Option<Instant>) {
         let (tokens, mut fds) = self.sources();
-        let timeout = until.map(|until| {
-            let left = until.saturating_duration_since(Instant::now());
-            Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: i64::from(left.subsec_nanos()),
-            }
-        });
+        let timeout = until.map(timeout::until);
         if poll(&mut fds, timeout.as_ref()).is_err() {
             return;
         }
