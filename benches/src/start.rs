@@ -26,9 +26,9 @@ use crate::{clones, cloud_hypervisor, firecracker, floor, process};
 const DISCARDED: u32 = 5;
 /// How long a clone is parked before it is started.
 pub const PARKED: Duration = Duration::from_millis(5);
-/// How long the clone before is given to be taken down where two ways to start are compared: it takes some 12 ms, and what is
-/// left of that would count as the second one's.
-const TAKEN_DOWN: Duration = Duration::from_millis(100);
+/// How long the start before is given until all that comes of it is done, where ways to start are compared: its clone is taken down in some
+/// 12 ms, and its fork server makes the next process ready after 100. What is left of that would count as the next one's.
+const SETTLED: Duration = Duration::from_millis(150);
 /// A start that takes longer has gone wrong.
 pub const START_MAX: Duration = Duration::from_secs(10);
 /// So many starts tell the working set, as in the engine.
@@ -249,7 +249,10 @@ pub fn check_output(output: &[u8]) -> anyhow::Result<()> {
 fn run_probe<'a>(workspace: &'a Workspace, image: &'static str, options: &'static [&str]) -> Probe<'a> {
     Probe::new(
         [("run_first_byte", Unit::Ms), ("run_exit", Unit::Ms)],
-        move || process(&mut run(workspace, workspace.store.root(), image, options)),
+        move || {
+            std::thread::sleep(SETTLED);
+            process(&mut run(workspace, workspace.store.root(), image, options))
+        },
     )
 }
 
@@ -296,7 +299,7 @@ impl<'a> StandingPool<'a> {
         let measures = [("pooled_run_first_byte", Unit::Ms), ("pooled_run_exit", Unit::Ms)];
         Probe::new(measures, move || {
             // Until the next one is parked.
-            std::thread::sleep(TAKEN_DOWN);
+            std::thread::sleep(SETTLED);
             process(&mut run(self.workspace, &self.store, SMALL, &[]))
         })
     }
@@ -344,7 +347,7 @@ fn jail_probe(template: &Template) -> anyhow::Result<Probe<'static>> {
 /// To the first byte of a container in a clone that its pool's server forks when it is asked for; the first time it is the one
 /// that was parked when the pool was made.
 fn forked_at_request(pool: &mut Pool) -> anyhow::Result<f64> {
-    std::thread::sleep(TAKEN_DOWN);
+    std::thread::sleep(SETTLED);
     let [first_byte, _] = started(|options, streams| {
         pool.refill()?;
         Ok(pool.start(options, streams)?)
@@ -356,7 +359,7 @@ fn forked_at_request(pool: &mut Pool) -> anyhow::Result<f64> {
 fn pooled(pool: &mut Pool) -> anyhow::Result<[f64; 2]> {
     pool.refill()?;
     pool.wait_until_full(START_MAX)?;
-    std::thread::sleep(PARKED);
+    std::thread::sleep(SETTLED);
 
     started(|options, streams| Ok(pool.start(options, streams)?))
 }

@@ -112,7 +112,7 @@ const WANTED: &[Wanted] = &[
         what: "what the jail adds to a cold start by a fork server",
         figure: Figure::Of("jail_cold", "ms"),
         most: 0.6,
-        limit: "three filters take 0.6 ms, a cgroup that is charged for each page 0.5, everything else 0.2",
+        limit: "a cgroup is charged for each page that a start takes; all else is done before the request",
     },
     Wanted {
         what: "what the jail adds to a start from a pool",
