@@ -85,16 +85,12 @@ pub fn enter_root_file_system() -> Result<Layers, InitError> {
 /// Waits until the devices of image and storage are there. Nothing of them is read.
 pub fn wait_for_disks() -> Result<(), InitError> {
     let give_up = Instant::now() + DEVICE_DEADLINE;
-    for (device, what) in [
-        (IMAGE_DEVICE, "the first virtio block device must hold the image"),
-        (
-            STORAGE_DEVICE,
-            "the second virtio block device must be that for storage",
-        ),
-    ] {
+    for device in [IMAGE_DEVICE, STORAGE_DEVICE] {
         while !Path::new(device).exists() {
             if Instant::now() > give_up {
-                return Err(InitError::Machine(format!("there is no {device}: {what}")));
+                return Err(InitError::Machine(format!(
+                    "there is no {device}: the first virtio block device must hold the image, the second is for storage"
+                )));
             }
             std::thread::sleep(Duration::from_micros(200));
         }

@@ -98,10 +98,11 @@ fn a_guest_that_cannot_go_on_powers_off_and_says_why() {
     config.console_log = Some(log.path().to_owned());
     let mut machine = Machine::boot(&config).unwrap();
     assert_eq!(machine.run(PATIENCE).unwrap(), Some(Outcome::PowerOff));
+    // What there is is the disk for storage, and the only one.
     assert!(
         std::fs::read_to_string(log.path())
             .unwrap()
-            .contains("no /dev/vda")
+            .contains("no /dev/vdb: the first virtio block device must hold the image")
     );
 }
 
