@@ -29,16 +29,21 @@ fn commands<'a>(page: &'a str, heading: &str) -> Vec<&'a str> {
 
 /// Runs what the page has under a heading, from the top of the sources.
 fn all_under(heading: &str) {
+    all_with(store(), heading);
+}
+
+/// The same with a store.
+fn all_with(store: &OwnStore, heading: &str) {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(PAGE)).expect("the page");
     let commands = commands(&page, heading);
     assert!(!commands.is_empty(), "{PAGE} has no command under {heading}");
     for command in commands {
-        run(&top, command);
+        run(store, &top, command);
     }
 }
 
-fn run(top: &Path, command: &str) {
+fn run(store: &OwnStore, top: &Path, command: &str) {
     let binary = picovm_tests::binary();
     let beside = binary.parent().unwrap_or(Path::new("")).to_owned();
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -47,7 +52,7 @@ fn run(top: &Path, command: &str) {
     let output = Command::new("sh")
         .args(["-c", command])
         .current_dir(top)
-        .env("PICOVM_HOME", store().path())
+        .env("PICOVM_HOME", store.path())
         .env("PATH", std::env::join_paths(directories).expect("a path"))
         .stdin(Stdio::null())
         .output()
@@ -113,6 +118,13 @@ fn perl_does_what_its_core_is_for() {
 #[test]
 fn openssl_serves_tls_and_checks_certificates() {
     all_under("OpenSSL");
+}
+
+#[test]
+#[ignore = "its image is large; `make programs` makes it and runs this"]
+fn a_warm_jvm_answers_in_each_clone_of_it() {
+    let store = OwnStore::with(&["debian-java"]).expect("a store with the image");
+    all_with(&store, "Java");
 }
 
 #[test]
