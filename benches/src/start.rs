@@ -258,19 +258,8 @@ fn run_probe<'a>(workspace: &'a Workspace, image: &'static str, options: &'stati
 
 /// `picovm run` of `echo` with a store.
 fn run(workspace: &Workspace, store: &Path, image: &str, options: &[&str]) -> Command {
-    let mut command = picovm(workspace, store, &["run", "--rm"]);
+    let mut command = workspace.picovm_sized(store, &["run", "--rm"]);
     command.args(options).args([image, "echo", WORD]);
-    command
-}
-
-/// `picovm` with a store, for containers that machines of the size that is measured serve: see `machine_memory`.
-fn picovm(workspace: &Workspace, store: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(&workspace.picovm);
-    command
-        .env("PICOVM_HOME", store)
-        .env_remove("PICOVM_GUEST")
-        .args(arguments)
-        .args(["--memory", &format!("{}m", MEMORY_MIB - 32)]);
     command
 }
 
@@ -286,7 +275,7 @@ impl<'a> StandingPool<'a> {
         Store::open(&store)?.build_image(SMALL, &workspace.path("image"), &mut |_| {})?;
         let pool = Self { workspace, store };
         let start = ["pool", "start", "--size", "1"];
-        let mut command = picovm(workspace, &pool.store, &start);
+        let mut command = workspace.picovm_sized(&pool.store, &start);
         let output = command.arg(SMALL).output()?;
         if !output.status.success() {
             bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));

@@ -3,11 +3,9 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, bail};
 
-use crate::boot::MEMORY_MIB;
 use crate::process;
 use crate::report::{Report, Unit};
 use crate::rounds::{self, Probe, Selection};
@@ -94,31 +92,11 @@ pub fn measure(
     rounds::measure("applications", probes, selection, (DISCARDED, rounds), report)
 }
 
-fn picovm(workspace: &Workspace) -> Command {
-    let mut command = Command::new(&workspace.picovm);
-    command
-        .env("PICOVM_HOME", workspace.store.root())
-        .env_remove("PICOVM_GUEST");
-    command
-}
-
-/// The memory of a container that a machine of the size that is measured serves.
-fn memory() -> String {
-    format!("{}m", MEMORY_MIB - 32)
-}
-
 /// Makes the template with the application running, called as its measure.
 fn warm_up(workspace: &Workspace, application: &Application) -> anyhow::Result<()> {
-    let mut command = picovm(workspace);
+    let mut command = workspace.picovm_sized(workspace.store.root(), &["template", "warm"]);
     command
-        .args([
-            "template",
-            "warm",
-            "--name",
-            application.warm,
-            "--memory",
-            &memory(),
-        ])
+        .args(["--name", application.warm])
         .args(["--until-log", READY, application.image, "--"])
         .args(application.command);
     let output = command
@@ -140,14 +118,17 @@ fn probe<'a>(
 ) -> Probe<'a> {
     let question: PathBuf = question.to_owned();
     Probe::new([(name, Unit::Ms)], move || {
-        let mut command = picovm(workspace);
-        command.args(["run", "--rm", "-i"]);
+        let store = workspace.store.root();
+        let subcommand = ["run", "--rm", "-i"];
+        let mut command;
         if warm {
-            command.args(["--from-template", application.warm]);
-        } else {
+            command = workspace.picovm(store);
             command
-                .args(["--memory", &memory(), application.image])
-                .args(application.command);
+                .args(subcommand)
+                .args(["--from-template", application.warm]);
+        } else {
+            command = workspace.picovm_sized(store, &subcommand);
+            command.arg(application.image).args(application.command);
         }
         let input = File::open(&question).with_context(|| format!("cannot open {}", question.display()))?;
         let answered = |output: &[u8]| String::from_utf8_lossy(output).contains(application.answer);

@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use anyhow::Context;
 use picovm_engine::{GuestFiles, Image, Store};
 
+use crate::boot::MEMORY_MIB;
 use crate::guest::Program;
 use crate::peer::Peer;
 
@@ -139,6 +140,22 @@ impl Workspace {
     /// A path in the directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    /// `picovm` with a store.
+    pub fn picovm(&self, store: &Path) -> Command {
+        let mut command = Command::new(&self.picovm);
+        command.env("PICOVM_HOME", store).env_remove("PICOVM_GUEST");
+        command
+    }
+
+    /// The same with a subcommand, for containers that machines of the size that is measured serve.
+    pub fn picovm_sized(&self, store: &Path, subcommand: &[&str]) -> Command {
+        let mut command = self.picovm(store);
+        command
+            .args(subcommand)
+            .args(["--memory", &format!("{}m", MEMORY_MIB - 32)]);
+        command
     }
 
     /// Copies an image of the store that this was started with into this one, if it is there.

@@ -272,23 +272,12 @@ impl Container {
         filters: &ThreadFilters,
     ) -> Result<Self, EngineError> {
         let mut identified = Identified::new(template, options.request())?;
-        let layer = match &options.layer {
-            Some(layer) => Some(
-                layer
-                    .try_clone()
-                    .map_err(EngineError::host("hand over the container's writable layer"))?
-                    .into(),
-            ),
-            None => None,
+        let once_more = |file: &Option<File>, attempted| {
+            let copy = file.as_ref().map(File::try_clone).transpose();
+            copy.map_err(EngineError::host(attempted))
         };
-        let storage = match &options.storage {
-            Some(storage) => Some(
-                storage
-                    .try_clone()
-                    .map_err(EngineError::host("hand over the container's storage"))?,
-            ),
-            None => None,
-        };
+        let layer = once_more(&options.layer, "hand over the container's writable layer")?.map(OwnedFd::from);
+        let storage = once_more(&options.storage, "hand over the container's storage")?;
         let machine = template.fork(ForkOptions {
             identity: std::mem::take(&mut identified.identity),
             console_log: options.console_log.as_ref().and_then(|log| log.try_clone().ok()),
