@@ -289,7 +289,8 @@ impl VmmProcess {
         };
         match signal {
             Some(libc::SIGSYS) => {
-                "its VMM process made a system call that its jail does not allow, and was killed for it"
+                "its VMM process made a system call that its jail does not allow, and was killed for it: the log of the host's \
+                 kernel has the call's number (`dmesg`, type=1326, syscall=)"
                     .into()
             }
             Some(signal) => format!("its VMM process was ended by signal {signal}"),

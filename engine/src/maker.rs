@@ -117,9 +117,6 @@ impl Maker {
         let process = command
             // What the caller has in its environment is no business of a process that a guest may take over.
             .env_clear()
-            // With more than eight threads the C library would count the processors to know how many arenas of its allocator
-            // are good, and for that open files.
-            .env("MALLOC_ARENA_MAX", "2")
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .spawn()

@@ -92,6 +92,7 @@ impl Drop for Shared {
 pub struct Jailer {
     policy: Policy,
     mode: Mode,
+    work: Work,
     filters: Filters,
     shared: Arc<Shared>,
     ids: Option<IdRange>,
@@ -140,6 +141,7 @@ impl Jailer {
             }),
             policy,
             mode,
+            work,
             ids,
             proc,
             own_process,
@@ -176,6 +178,7 @@ impl Jailer {
         self.filters
             .apply_outer()
             .map_err(JailError::host("install a filter of system calls"))?;
+        sys::allocate_without_files();
         self.server = true;
         Ok(())
     }
@@ -211,7 +214,12 @@ impl Jailer {
         work: impl FnOnce(T) -> u8,
     ) -> Result<Jail, JailError> {
         let filters = (!self.server).then(|| self.filters.clone());
+        // A share server may open files, and its blocks are large: for each to be a mapping would be slow. Its threads are few.
+        let own_allocator = !self.server && self.work != Work::Share;
         self.fork(keep, open, |own| {
+            if own_allocator {
+                sys::allocate_without_files();
+            }
             match filters.map(|filters| filters.apply_outer()) {
                 None | Some(Ok(())) => work(own),
                 Some(Err(error)) => {

@@ -71,6 +71,16 @@ pub(crate) fn exit_now(status: u8) -> ! {
     unsafe { libc::_exit(i32::from(status)) }
 }
 
+/// Has the C library's allocator do without what no thread of a VMM process may: from here on, and in what is forked, it has one
+/// heap for all threads, whose number it would count processors for, and gives nothing of a heap back, before which it would ask
+/// how the kernel overcommits memory. For either it opens files (mallopt(3)). Blocks of 128 KiB and more are mappings of their own.
+pub(crate) fn allocate_without_files() {
+    // SAFETY: takes plain integers; the allocator locks what it changes by them.
+    let set =
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) != 0 && libc::mallopt(libc::M_TRIM_THRESHOLD, -1) != 0 };
+    debug_assert!(set, "mallopt refuses only parameters that it does not know");
+}
+
 /// Closes all descriptors from `first` to `last`.
 pub(crate) fn close_range(first: u32, last: u32) -> io::Result<()> {
     // SAFETY: takes plain integers. Whoever owns one of the descriptors is not going to use it: the caller has listed

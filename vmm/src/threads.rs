@@ -72,7 +72,7 @@ impl ExitCounters {
 enum Command {
     Run(Unfinished),
     Prefault(Vec<(u64, u64)>, Sender<()>),
-    Save(Arc<MsrList>, Sender<Result<Saved, VcpuError>>),
+    Save(Arc<MsrList>, Sender<Box<Result<Saved, VcpuError>>>),
 }
 
 /// A captured vCPU.
@@ -202,7 +202,7 @@ impl VcpuThread {
     pub fn save(&self, msrs: &Arc<MsrList>) -> Option<Result<Saved, VcpuError>> {
         let (reply, answer) = channel();
         self.send(Command::Save(msrs.clone(), reply));
-        answer.recv().ok()
+        answer.recv().ok().map(|saved| *saved)
     }
 
     /// Maps guest-physical ranges (address and size in bytes) for a stopped vCPU: see [`vcpu::prefault`].
@@ -256,7 +256,8 @@ fn serve(vcpu: &mut VcpuFd, context: &mut VcpuContext, kick: &Kick, inbox: &Rece
                 let _ = done.send(());
             }
             Command::Save(msrs, reply) => {
-                let _ = reply.send(save(vcpu, context, &msrs, stopped_at));
+                // In a box, as a queue has room for dozens from the start.
+                let _ = reply.send(Box::new(save(vcpu, context, &msrs, stopped_at)));
             }
         }
     }
