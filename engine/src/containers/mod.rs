@@ -50,6 +50,7 @@ use crate::error::EngineError;
 use crate::share::Shared;
 use crate::store::{self, Lock, Store};
 use crate::volumes::Volumes;
+use names::Names;
 
 /// Begins the name of the directory of a container that is being created or removed.
 const UNFINISHED: &str = ".unfinished-";
@@ -107,7 +108,8 @@ impl Containers {
         let unfinished = root.join(format!("{UNFINISHED}{}", config.id));
         let directory = root.join(&config.id);
         let _lock = Lock::take(&root.join(".lock"))?;
-        let name = self.free_name(name)?;
+        let names = self.index()?;
+        let name = Self::free_name(&names, name)?;
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&unfinished)
@@ -121,11 +123,13 @@ impl Containers {
             .and_then(|()| write_json(&unfinished.join(CONFIG), &config))
             .and_then(|()| write_json(&unfinished.join(STATE), &state))
             .and_then(|()| store::replace(&unfinished.join(NAME), name.as_bytes()))
+            .and_then(|()| names.add(&name, &config.id))
             .and_then(|()| {
                 fs::rename(&unfinished, &directory).map_err(EngineError::store("create", &directory))
             });
         if let Err(error) = written {
             let _ = store::remove(&unfinished);
+            let _ = names.remove(&name, &config.id);
             return Err(error);
         }
         let record = Record {
@@ -138,28 +142,33 @@ impl Containers {
         Ok(record)
     }
 
-    fn free_name(&self, wanted: Option<&str>) -> Result<String, EngineError> {
-        let taken = self.names()?;
+    fn index(&self) -> Result<Names, EngineError> {
+        Names::open(self.store.containers_directory())
+    }
+
+    fn free_name(names: &Names, wanted: Option<&str>) -> Result<String, EngineError> {
         if let Some(name) = wanted {
-            return match taken.iter().find(|(_, other)| other == name) {
-                Some((id, _)) => Err(EngineError::NameTaken {
+            return match names.id(name) {
+                Some(id) => Err(EngineError::NameTaken {
                     name: name.to_owned(),
-                    id: id.clone(),
+                    id,
                 }),
                 None => Ok(name.to_owned()),
             };
         }
+        let mut attempts = 0u32;
         loop {
             let id = random_id::<4>()?;
             let bits = u32::from_str_radix(&id, 16).unwrap_or_default();
             let mut name = names::random(bits);
             // With many containers, two words are not enough.
-            if taken.len() > 500 {
+            if attempts > 8 {
                 name.push_str(&format!("_{id}"));
             }
-            if !taken.iter().any(|(_, other)| *other == name) {
+            if names.id(&name).is_none() {
                 return Ok(name);
             }
+            attempts = attempts.saturating_add(1);
         }
     }
 
@@ -196,19 +205,7 @@ impl Containers {
         Ok(entries
             .flatten()
             .filter_map(|entry| entry.file_name().into_string().ok())
-            .filter(|name| name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit()))
-            .collect())
-    }
-
-    fn names(&self) -> Result<Vec<(String, String)>, EngineError> {
-        let root = self.store.containers_directory();
-        Ok(self
-            .ids()?
-            .into_iter()
-            .filter_map(|id| {
-                let name = fs::read_to_string(root.join(&id).join(NAME)).ok()?;
-                Some((id, name))
-            })
+            .filter(|name| is_id(name))
             .collect())
     }
 
@@ -240,26 +237,22 @@ impl Containers {
         let none = || EngineError::NoContainer {
             name: name.to_owned(),
         };
-        let names = self.names()?;
-        let named = names
-            .iter()
-            .find(|(id, known)| id == name || known == name || known == name.trim_start_matches('/'));
-        let id = match named {
-            Some((id, _)) => id,
+        let id = match self.index()?.id(name.trim_start_matches('/')) {
+            Some(id) => id,
+            // A whole id is the beginning of itself alone.
             None => {
-                let mut matching = names
-                    .iter()
-                    .filter(|(id, _)| !name.is_empty() && id.starts_with(name));
-                let (id, _) = matching.next().ok_or_else(none)?;
+                let ids = self.ids()?;
+                let mut matching = ids.iter().filter(|id| !name.is_empty() && id.starts_with(name));
+                let id = matching.next().ok_or_else(none)?;
                 if matching.next().is_some() {
                     return Err(EngineError::AmbiguousContainer {
                         name: name.to_owned(),
                     });
                 }
-                id
+                id.clone()
             }
         };
-        match self.read(id) {
+        match self.read(&id) {
             Err(EngineError::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
                 Err(none())
             }
@@ -335,9 +328,12 @@ impl Containers {
         if record.name == name {
             return Ok(());
         }
-        let name = self.free_name(Some(name))?;
+        let names = self.index()?;
+        let name = Self::free_name(&names, Some(name))?;
+        names.add(&name, record.id())?;
         store::replace(&record.file(NAME), name.as_bytes())?;
         let old = std::mem::replace(&mut record.name, name);
+        names.remove(&old, record.id())?;
         self.tell(record, "rename", &[("oldName", old)]);
         Ok(())
     }
@@ -425,6 +421,11 @@ impl Containers {
             .join(format!("{UNFINISHED}{}", record.id()));
         fs::rename(&record.directory, &gone).map_err(EngineError::store("remove", &record.directory))?;
         self.tell(record, "destroy", &[]);
+        {
+            // Between a look at the name's link and its removal it must not become another's.
+            let _lock = Lock::take(&self.store.containers_directory().join(".lock"))?;
+            self.index()?.remove(&record.name, record.id())?;
+        }
         store::remove(&gone)
     }
 
@@ -494,6 +495,11 @@ impl Containers {
     pub fn tell(&self, record: &Record, action: &str, more: &[(&str, String)]) {
         events::tell(&self.store, &EngineEvent::of(record, action, more));
     }
+}
+
+/// Whether this is an id: 64 hexadecimal digits.
+fn is_id(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 pub(crate) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), EngineError> {

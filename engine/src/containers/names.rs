@@ -1,6 +1,13 @@
-//! Names of containers: what people may give, and what those get that are given none.
+//! Names of containers: what people may give, what those get that are given none, and which container has which.
 
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use super::{NAME, is_id};
 use crate::error::EngineError;
+use crate::store;
 
 /// Whether a name is one, as Docker has it.
 pub(super) fn check(name: &str) -> Result<(), EngineError> {
@@ -41,6 +48,98 @@ pub(super) fn random(bits: u32) -> String {
         words.get(index).copied().unwrap_or("plain")
     };
     format!("{}_{}", pick(&QUALITIES, bits & 0xffff), pick(&BIRDS, bits >> 16))
+}
+
+/// Directory of the index, beside those of the containers.
+const INDEX: &str = ".names";
+/// Of an index that is being made.
+const UNFINISHED_INDEX: &str = ".names.new";
+
+/// Which container has which name: a symbolic link of each name to an id, so that a name is found without reading all containers.
+///
+/// A container's own file says what it is called. A link that is there before its container is, or still there after it or after its
+/// name, counts for nothing, so nothing is lost if a command is killed between the two. What changes names holds the lock of the
+/// containers.
+pub(super) struct Names {
+    /// Directory of the containers.
+    root: PathBuf,
+}
+
+impl Names {
+    /// Those of the containers in this directory. An index that is not there is made.
+    pub(super) fn open(root: PathBuf) -> Result<Self, EngineError> {
+        let names = Self { root };
+        if !names.index().is_dir() {
+            names.make_index()?;
+        }
+        Ok(names)
+    }
+
+    fn index(&self) -> PathBuf {
+        self.root.join(INDEX)
+    }
+
+    /// Two that make it at once make the same; one of them is kept.
+    fn make_index(&self) -> Result<(), EngineError> {
+        let failed = || EngineError::store("make the index of names in", &self.root);
+        let made = tempfile::Builder::new()
+            .prefix(UNFINISHED_INDEX)
+            .tempdir_in(&self.root)
+            .map_err(failed())?;
+        for entry in fs::read_dir(&self.root).map_err(failed())?.flatten() {
+            let Some(id) = entry.file_name().into_string().ok().filter(|name| is_id(name)) else {
+                continue;
+            };
+            if let Ok(name) = fs::read_to_string(entry.path().join(NAME)) {
+                symlink(&id, made.path().join(name)).map_err(failed())?;
+            }
+        }
+        match fs::rename(made.path(), self.index()) {
+            Ok(()) => {
+                let _ = made.keep();
+                Ok(())
+            }
+            Err(_) if self.index().is_dir() => Ok(()),
+            Err(error) => Err(failed()(error)),
+        }
+    }
+
+    /// Id of the container that has this name.
+    pub(super) fn id(&self, name: &str) -> Option<String> {
+        check(name).ok()?;
+        let target = fs::read_link(self.index().join(name)).ok()?;
+        let id = target
+            .into_os_string()
+            .into_string()
+            .ok()
+            .filter(|id| is_id(id))?;
+        let own = fs::read_to_string(self.root.join(&id).join(NAME)).ok()?;
+        (own == name).then_some(id)
+    }
+
+    /// Notes that a container will have this name, which nobody has: before it has it.
+    pub(super) fn add(&self, name: &str, id: &str) -> Result<(), EngineError> {
+        let path = self.index().join(name);
+        let write = || match symlink(id, &path) {
+            // Of one that is gone, or is called otherwise now.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                fs::remove_file(&path)?;
+                symlink(id, &path)
+            }
+            done => done,
+        };
+        write().map_err(EngineError::store("write", &path))
+    }
+
+    /// Forgets that this container had this name.
+    pub(super) fn remove(&self, name: &str, id: &str) -> Result<(), EngineError> {
+        let path = self.index().join(name);
+        match fs::read_link(&path) {
+            Ok(target) if target == Path::new(id) => store::remove(&path),
+            // Given to another meanwhile.
+            _ => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]

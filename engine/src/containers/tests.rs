@@ -75,6 +75,49 @@ fn a_container_is_found_by_its_name_its_id_and_the_beginning_of_it() {
 }
 
 #[test]
+fn a_name_is_free_again_when_its_container_is_gone_or_called_otherwise() {
+    let (_directory, containers) = containers();
+    let first = containers.create(config(), Some("web")).unwrap();
+    let mut second = containers.create(config(), Some("db")).unwrap();
+    containers.remove(&first).unwrap();
+    containers.rename(&mut second, "web").unwrap();
+    assert_eq!(containers.find("web").unwrap().id(), second.id());
+    let third = containers.create(config(), Some("db")).unwrap();
+    assert_eq!(containers.find("db").unwrap().id(), third.id());
+}
+
+#[test]
+fn what_a_killed_command_has_left_of_a_name_counts_for_nothing() {
+    let (directory, containers) = containers();
+    let links = directory.path().join("containers/.names");
+    let made = containers.create(config(), Some("web")).unwrap();
+    // Before the container was there; before the name was; of what is no container.
+    std::os::unix::fs::symlink(Containers::new_id().unwrap(), links.join("db")).unwrap();
+    std::os::unix::fs::symlink(made.id(), links.join("cache")).unwrap();
+    std::os::unix::fs::symlink("../../etc", links.join("etc")).unwrap();
+    for name in ["db", "cache", "etc", "..", ".names"] {
+        assert!(
+            matches!(containers.find(name), Err(EngineError::NoContainer { .. })),
+            "{name}"
+        );
+    }
+    for name in ["db", "cache", "etc"] {
+        let taken = containers.create(config(), Some(name)).unwrap();
+        assert_eq!(containers.find(name).unwrap().id(), taken.id());
+    }
+}
+
+#[test]
+fn an_index_of_names_that_is_gone_is_made_again() {
+    let (directory, containers) = containers();
+    let made = containers.create(config(), Some("web")).unwrap();
+    fs::remove_dir_all(directory.path().join("containers/.names")).unwrap();
+    assert_eq!(containers.find("web").unwrap().id(), made.id());
+    fs::remove_dir_all(directory.path().join("containers/.names")).unwrap();
+    assert!(containers.create(config(), Some("web")).is_err());
+}
+
+#[test]
 fn nobody_else_may_look_into_containers() {
     use std::os::unix::fs::PermissionsExt;
     let (directory, containers) = containers();
