@@ -270,8 +270,8 @@ pub struct BehaviourOptions {
     /// Write the container's id to this file, which must not exist
     #[arg(long, value_name = "FILE")]
     pub cidfile: Option<PathBuf>,
-    /// Whether to fetch the image: always, if it is missing, or never, which is the default
-    #[arg(long, value_name = "WHEN", default_value = "never")]
+    /// Whether to pull the image first: always, if it is missing, or never
+    #[arg(long, value_name = "WHEN", default_value = "missing")]
     pub pull: Pull,
     /// Accepted if it is linux/amd64, which is what the machines are
     #[arg(long, value_name = "OS/ARCH")]
@@ -439,8 +439,8 @@ pub enum LogDriver {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Pull {
     Always,
-    Missing,
     #[default]
+    Missing,
     Never,
 }
 

@@ -8,13 +8,13 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use chrono::Utc;
 use picovm_engine::containers::{
     ContainerConfig, Containers, LogOptions, Record, RestartPolicy, Text, machine_memory,
 };
 use picovm_engine::{
-    Confinement, Healthcheck, Image, ImageConfig, Overrides, RunConfig, Store, TemplateSpec,
+    Confinement, EngineError, Healthcheck, Image, ImageConfig, Overrides, RunConfig, Store, TemplateSpec,
 };
 
 use super::arguments::{
@@ -104,17 +104,20 @@ fn find_image(store: &Store, options: &CreateOptions) -> anyhow::Result<Image> {
     {
         bail!("--platform {platform}: containers here are linux/amd64");
     }
-    let found = store.image(&options.image);
-    let fetch = match options.behaviour.pull {
-        Pull::Never => false,
-        Pull::Missing => found.is_err(),
-        Pull::Always => true,
-    };
-    if !fetch {
-        return Ok(found?);
+    let name = &options.image;
+    match (store.image(name), options.behaviour.pull) {
+        (_, Pull::Always) => transfer::pull_first(name)?,
+        (Err(EngineError::NoImage { .. }), Pull::Missing) => {
+            eprintln!("picovm: there is no image named {name} here: pulling it");
+            transfer::pull_first(name).map_err(|error| {
+                anyhow!(
+                    "{error}: `picovm images` lists those that there are, and `picovm load` and `picovm image build` make one"
+                )
+            })?;
+        }
+        (found, _) => return Ok(found?),
     }
-    transfer::pull_first(&options.image)?;
-    Ok(store.image(&options.image)?)
+    Ok(store.image(name)?)
 }
 
 /// What of a command line is worth a word on standard error.

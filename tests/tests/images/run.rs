@@ -59,9 +59,38 @@ fn a_container_runs_what_its_image_says_unless_its_user_says_otherwise() {
     assert!(place.ok(&["template", "ls"]).contains(&name));
     place.ok(&["rmi", &name]);
     assert!(!place.ok(&["template", "ls"]).contains(&name));
-    let output = place.picovm(&["run", &name]).output().expect("picovm starts");
+    let output = place
+        .picovm(&["run", "--pull", "never", &name])
+        .output()
+        .expect("picovm starts");
     assert_eq!(output.status.code(), Some(125));
     assert!(stderr(&output).contains("picovm pull"), "{}", stderr(&output));
+}
+
+#[test]
+fn an_image_that_is_missing_is_pulled_and_one_that_nobody_has_is_refused() {
+    let (registry, app) = (Registry::start(), App::new());
+    let place = Place::new();
+    registry.fill(&app.source(), "team/app:1", &[]);
+    let run = |name: &str| {
+        let output = place
+            .picovm(&["run", "--rm", name])
+            .output()
+            .expect("picovm starts");
+        (output.status.code(), stdout(&output), stderr(&output))
+    };
+    let name = registry.name("team/app:1");
+    let (code, said, told) = run(&name);
+    assert_eq!(code, Some(0), "{told}");
+    // What pulling has to say is not the container's.
+    assert_eq!(said, "hello from the image\n1000\n/srv/app");
+    assert!(told.contains("pulling it"), "{told}");
+    let (_, said, told) = run(&name);
+    assert!(said.starts_with("hello") && !told.contains("pulling"), "{told}");
+    let (code, said, told) = run(&registry.name("team/app:2"));
+    assert_eq!((code, said.as_str()), (Some(125), ""));
+    assert!(told.contains("picovm images"), "{told}");
+    assert!(place.ok(&["ps", "-aq"]).is_empty());
 }
 
 #[test]
