@@ -216,7 +216,7 @@ impl Containers {
     pub fn list(&self) -> Result<Vec<Record>, EngineError> {
         let mut records = Vec::new();
         for id in self.ids()? {
-            match self.read(&id) {
+            match self.read(&id, false) {
                 Ok(record) => records.push(record),
                 // Removed meanwhile.
                 Err(EngineError::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
@@ -252,7 +252,7 @@ impl Containers {
                 id.clone()
             }
         };
-        match self.read(&id) {
+        match self.read(&id, false) {
             Err(EngineError::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
                 Err(none())
             }
@@ -265,17 +265,23 @@ impl Containers {
     /// # Errors
     /// [`EngineError::NoContainer`] if it was removed meanwhile, [`EngineError::Store`].
     pub fn reread(&self, record: &Record) -> Result<Record, EngineError> {
-        match self.read(record.id()) {
-            Err(EngineError::Store { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                Err(EngineError::NoContainer {
-                    name: record.name.clone(),
-                })
-            }
-            found => found,
-        }
+        Self::unless_removed(record, self.read(record.id(), false))
     }
 
-    fn read(&self, id: &str) -> Result<Record, EngineError> {
+    /// What came of reading a container, whose files are gone if it was removed meanwhile.
+    fn unless_removed<T>(record: &Record, read: Result<T, EngineError>) -> Result<T, EngineError> {
+        read.map_err(|error| match error {
+            EngineError::Store { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                EngineError::NoContainer {
+                    name: record.name.clone(),
+                }
+            }
+            error => error,
+        })
+    }
+
+    /// A container by its id. `locked` says that its lock is held here.
+    fn read(&self, id: &str, locked: bool) -> Result<Record, EngineError> {
         let directory = self.store.containers_directory().join(id);
         let config: ContainerConfig = read_json(&directory.join(CONFIG))?;
         let name_path = directory.join(NAME);
@@ -286,22 +292,26 @@ impl Containers {
             state: State::default(),
             directory,
         };
-        record.state = Self::read_state(&record)?;
+        record.state = Self::read_state(&record, locked)?;
         Ok(record)
     }
 
     /// The state of a container as it is: of one that is said to run, and has no monitor, that it was killed.
-    fn read_state(record: &Record) -> Result<State, EngineError> {
+    fn read_state(record: &Record, locked: bool) -> Result<State, EngineError> {
         let path = record.file(STATE);
-        let state: State = read_json(&path)?;
+        let mut state: State = read_json(&path)?;
         if !state.status.is_live() {
             return Ok(state);
         }
-        let Some(_lock) = Lock::try_share(&record.file(RUNNING_LOCK))? else {
-            return Ok(state);
+        let _lock = match locked {
+            true => None,
+            false => match Lock::try_share(&record.file(RUNNING_LOCK))? {
+                None => return Ok(state),
+                shared => shared,
+            },
         };
         // Its monitor may have ended between the two looks, as it should.
-        let mut state: State = read_json(&path)?;
+        state = read_json(&path)?;
         if state.status.is_live() {
             let changed = fs::metadata(&path).and_then(|metadata| metadata.modified()).ok();
             state.status = Status::Exited;
@@ -394,13 +404,13 @@ impl Containers {
         let path = record.file(RUNNING_LOCK);
         let give_up = Instant::now() + MONITOR_MAX;
         loop {
-            let now = self.reread(record)?;
-            if now.state.status.is_live() {
-                return Ok(None);
-            }
-            if let Some(lock) = Lock::try_take(&path)? {
-                // It may have been started and have ended, or been removed, before the lock was taken.
-                return Ok(Some((self.reread(record)?, lock)));
+            let lock = Self::unless_removed(record, Lock::try_take(&path))?;
+            // With the lock held here it has no monitor, whatever its state says. It may have been started and have ended meanwhile.
+            let now = Self::unless_removed(record, self.read(record.id(), lock.is_some()))?;
+            match lock {
+                Some(lock) => return Ok(Some((now, lock))),
+                None if now.state.status.is_live() => return Ok(None),
+                None => {}
             }
             if Instant::now() > give_up {
                 return Err(EngineError::Refused(format!(

@@ -118,6 +118,34 @@ fn an_index_of_names_that_is_gone_is_made_again() {
 }
 
 #[test]
+fn a_container_whose_monitor_was_killed_is_taken_as_one_that_has_ended() {
+    let (_directory, containers) = containers();
+    let mut made = containers.create(config(), None).unwrap();
+    made.state.status = Status::Running;
+    Containers::write_state(&made).unwrap();
+    let (taken, _lock) = containers.lock(&made).unwrap().unwrap();
+    assert_eq!(
+        (taken.state.status, taken.state.exit_code),
+        (Status::Exited, KILLED)
+    );
+    // To everybody else it is one that runs, or is about to.
+    assert!(containers.lock(&made).unwrap().is_none());
+}
+
+#[test]
+fn a_container_that_was_removed_is_said_to_be_gone() {
+    let (_directory, containers) = containers();
+    let made = containers.create(config(), None).unwrap();
+    containers.remove(&made).unwrap();
+    for error in [containers.remove(&made).err(), containers.reread(&made).err()] {
+        assert!(
+            matches!(error, Some(EngineError::NoContainer { .. })),
+            "{error:?}"
+        );
+    }
+}
+
+#[test]
 fn nobody_else_may_look_into_containers() {
     use std::os::unix::fs::PermissionsExt;
     let (directory, containers) = containers();
