@@ -70,9 +70,17 @@ impl Directories {
     }
 
     /// Where a file is, below the root. There is no descriptor by which extended attributes could be reached without `/proc`.
-    /// Whoever moves the file meanwhile moves it within what is shared.
+    /// Whoever moves the file meanwhile moves it within what is shared. A file that has no name any more is nowhere: `/proc` tells
+    /// its last one with ` (deleted)` behind it, which may be the name of another.
     fn path(&self, inode: Inode) -> io::Result<std::path::PathBuf> {
-        self.files.readlinkat_proc_file(inode)
+        let path = self.files.readlinkat_proc_file(inode)?;
+        let (file, _) = self.files.getattr(&Context::default(), inode, None)?;
+        let there = rustix::fs::lstat(&path)?;
+        if (there.st_dev, there.st_ino) == (file.st_dev, file.st_ino) {
+            Ok(path)
+        } else {
+            Err(error(libc::ENOENT))
+        }
     }
 }
 

@@ -11,6 +11,7 @@ mod logs;
 mod look;
 mod pool;
 mod refused;
+mod shared_files;
 mod storage;
 mod terminal;
 mod volumes;
