@@ -1,5 +1,6 @@
 //! Containers as people use them: by the command line, from one command to the next.
 
+mod calls;
 mod docs;
 mod exec;
 mod faults;
