@@ -70,9 +70,17 @@ impl Directories {
     }
 
     /// Where a file is, below the root. There is no descriptor by which extended attributes could be reached without `/proc`.
-    /// Whoever moves the file meanwhile moves it within what is shared.
+    /// Whoever moves the file meanwhile moves it within what is shared. A file that has no name any more is nowhere: `/proc` tells
+    /// its last one with ` (deleted)` behind it, which may be the name of another.
     fn path(&self, inode: Inode) -> io::Result<std::path::PathBuf> {
-        self.files.readlinkat_proc_file(inode)
+        let path = self.files.readlinkat_proc_file(inode)?;
+        let (file, _) = self.files.getattr(&Context::default(), inode, None)?;
+        let there = rustix::fs::lstat(&path)?;
+        if (there.st_dev, there.st_ino) == (file.st_dev, file.st_ino) {
+            Ok(path)
+        } else {
+            Err(error(libc::ENOENT))
+        }
     }
 }
 
@@ -294,7 +302,11 @@ impl FileSystem for Directories {
     }
 
     fn flush(&self, ctx: &Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()> {
-        self.files.flush(ctx, inode, handle, lock_owner)
+        match self.files.flush(ctx, inode, handle, lock_owner) {
+            // It closes a copy of the descriptor, for what the host has to tell then. Who closes a file has written it all the same.
+            Err(full) if matches!(full.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => Ok(()),
+            flushed => flushed,
+        }
     }
 
     fn fsync(&self, ctx: &Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()> {

@@ -1,5 +1,6 @@
 //! Containers as people use them: by the command line, from one command to the next.
 
+mod calls;
 mod docs;
 mod exec;
 mod faults;
@@ -11,6 +12,7 @@ mod logs;
 mod look;
 mod pool;
 mod refused;
+mod shared_files;
 mod storage;
 mod terminal;
 mod volumes;

@@ -16,7 +16,7 @@ fn disk(container: &Container) -> PathBuf {
 }
 
 /// MiB that it takes here.
-fn taken(container: &Container) -> u64 {
+pub fn taken(container: &Container) -> u64 {
     fs::metadata(disk(container)).expect("its disk").blocks() >> 11
 }
 

@@ -3,7 +3,9 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use crate::{Container, output, refused, stderr, stdout, told};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
+use crate::{Container, output, refused, stderr, stdout, told, until};
 
 /// A directory of the host, to be removed by who made it.
 fn directory() -> (tempfile::TempDir, String) {
@@ -181,4 +183,138 @@ fn a_source_that_is_gone_is_named() {
     assert!(!output.status.success());
     assert!(stderr(&output).contains(&path), "{}", stderr(&output));
     told(&["rm", &id]);
+}
+
+/// The share server of a container: of the children of its monitor that one which is no VMM process.
+fn share_server(container: &Container) -> u32 {
+    let monitor = container.inspect("{{.State.Pid}}").parse().unwrap();
+    let has_machine = |process: &u32| {
+        let descriptors = fs::read_dir(format!("/proc/{process}/fd")).unwrap();
+        descriptors
+            .flatten()
+            .filter_map(|descriptor| fs::read_link(descriptor.path()).ok())
+            .any(|link| link.to_string_lossy().contains("kvm"))
+    };
+    let mut servers = picovm_tests::children(monitor);
+    servers.retain(|process| !has_machine(process));
+    assert_eq!(servers.len(), 1);
+    servers[0]
+}
+
+#[test]
+fn a_share_server_that_has_as_many_files_open_as_it_may_says_so_and_goes_on() {
+    const MAY: u64 = 120;
+    let (host, path) = directory();
+    for file in 0..300 {
+        fs::write(host.path().join(file.to_string()), "text").unwrap();
+    }
+    let container = Container::sleeping(&["-v", &format!("{path}:/data")]);
+    let server = share_server(&container);
+    // What it may have by itself takes minutes to reach where every instruction is emulated.
+    let limit = Rlimit {
+        current: Some(MAY),
+        maximum: Some(MAY),
+    };
+    let process = Pid::from_raw(server.cast_signed());
+    let before = prlimit(process, Resource::Nofile, limit).unwrap();
+    assert_eq!(before.current, Some(1 << 17));
+
+    let script = r#"
+        my $made = 0; open(my $held, "+<", "/data/0") or die $!;
+        for (1..299) { open(my $file, "<", "/data/$_") ? $made++ : ($error = $!) }
+        print "$error\n"; print $made > 50 && $made < 120 ? "some" : $made, " were opened\n";
+        open(my $new, ">", "/data/new") ? 1 : print "not made: $!\n"; mkdir "/data/directory" or print "no directory: $!\n";
+        opendir(my $list, "/data") or print "not listed: $!\n";
+        syswrite($held, "kept") or print "not written: $!\n"; close $held or print "not closed: $!\n"
+    "#;
+    let expected = [
+        "Too many open files",
+        "some were opened",
+        "not made: Too many open files",
+        "no directory: Too many open files",
+        "not listed: Too many open files",
+    ];
+    let at_the_limit = told(&["exec", container.id(), "perl", "-e", script]);
+    assert_eq!(at_the_limit.lines().collect::<Vec<_>>(), expected);
+    assert_eq!(
+        fs::read_dir(host.path()).unwrap().count(),
+        300,
+        "nothing was made"
+    );
+    assert_eq!(fs::read_to_string(host.path().join("0")).unwrap(), "kept");
+    // The container's kernel forgets what nobody uses.
+    container.shell("echo 2 > /proc/sys/vm/drop_caches");
+    assert_eq!(
+        container.shell("cat /data/0 /data/299; echo new > /data/new; ls /data | wc -l"),
+        "kepttext301"
+    );
+    assert_eq!(share_server(&container), server);
+}
+
+#[test]
+fn two_containers_of_a_directory_see_what_is_written_and_not_each_others_locks() {
+    let (host, path) = directory();
+    fs::write(host.path().join("file"), "").unwrap();
+    let volume = format!("{path}:/data");
+    let [first, second] = [0; 2].map(|_| Container::sleeping(&["-v", &volume]));
+    // By both ways to lock a file.
+    let locked = |container: &Container| {
+        container.shell(
+            r#"flock -n /data/file true && echo -n 'free ' || echo -n 'locked '
+            perl -e 'use Fcntl; open F, "+<", "/data/file"; $lock = pack "s s x4 q q l x4", F_WRLCK, 0, 0, 0, 0;
+                print fcntl(F, F_SETLK, $lock) ? "free" : "locked"'"#,
+        )
+    };
+    let lock = r#"use Fcntl ":DEFAULT", ":flock"; open F, "+<", "/data/file"; flock F, LOCK_EX;
+        $lock = pack "s s x4 q q l x4", F_WRLCK, 0, 0, 0, 0; fcntl F, F_SETLKW, $lock; sleep 1000"#;
+    assert_eq!(locked(&first), "free free");
+    told(&["exec", "-d", first.id(), "perl", "-e", lock]);
+    until(|| locked(&first) == "locked locked", || locked(&first));
+    assert_eq!(locked(&second), "free free");
+    // Nor does this machine see any.
+    let here = fs::File::open(host.path().join("file")).unwrap();
+    rustix::fs::flock(&here, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    // What they write is there for both.
+    first.shell("for i in $(seq 50); do echo first >> /data/all; done");
+    second.shell("for i in $(seq 50); do echo second >> /data/all; done");
+    assert_eq!(
+        first.shell("sort /data/all | uniq -c | tr -s ' '"),
+        " 50 first\n 50 second"
+    );
+    assert_eq!(first.shell("ls /data"), "all\nfile");
+}
+
+#[test]
+fn who_opens_a_file_again_reads_what_it_holds_now_and_as_far_as_it_goes_within_a_second() {
+    let (host, path) = directory();
+    fs::write(host.path().join("note"), "old").unwrap();
+    let writer = std::thread::spawn({
+        let host = host.path().to_owned();
+        move || {
+            for (round, text) in ["new", "new and longer"].into_iter().enumerate() {
+                until(
+                    || host.join(format!("read{round}")).exists(),
+                    || "nothing was read".into(),
+                );
+                fs::write(host.join("note"), text).unwrap();
+                fs::write(host.join(format!("written{round}")), "").unwrap();
+            }
+        }
+    });
+    // By system calls: who asks for the status of what it has opened, as libraries do, learns its size.
+    let script = r#"
+        use Time::HiRes "time";
+        sub text {
+            my ($path, $text) = ("/data/note", "\0" x 100); my $file = syscall(2, $path, 0, 0);
+            my $length = syscall(0, $file, $text, 100); syscall(3, $file); substr $text, 0, $length
+        }
+        sub ask { open(my $file, ">", "/data/read$_[0]") or die $!; close $file; 1 until -e "/data/written$_[0]" }
+        print text(), "\n"; ask(0); print text(), "\n"; ask(1);
+        my $since = time; print substr(text(), 0, 3), "\n"; my $text = "";
+        $text = text() until $text eq "new and longer" || time - $since > 10; print "$text\n"
+    "#;
+    let volume = format!("{path}:/data");
+    let read = told(&["run", "--rm", "-v", &volume, "debian", "perl", "-e", script]);
+    writer.join().unwrap();
+    assert_eq!(read, "old\nnew\nnew\nnew and longer");
 }
