@@ -14,21 +14,30 @@ use super::record::Record;
 use crate::error::EngineError;
 
 /// Fewest bytes of storage: a file system and its journal fit in it.
-pub const STORAGE_MIN: u64 = 16 << 20;
+const STORAGE_MIN: u64 = 16 << 20;
 /// Most bytes of storage: what the guest sees of its disk.
-pub const STORAGE_MAX: u64 = STORAGE_SECTORS * 512;
+const STORAGE_MAX: u64 = STORAGE_SECTORS * 512;
 /// A block of the file system.
 const BLOCK: u64 = 4096;
 /// How long a VMM process may take to end that was killed with its monitor.
 const IN_USE_MAX: Duration = Duration::from_secs(10);
 
+/// Whether storage of so many bytes can be made.
+///
+/// # Errors
+/// [`EngineError::Refused`], with what is possible.
+pub fn check(bytes: u64) -> Result<(), EngineError> {
+    if (STORAGE_MIN..=STORAGE_MAX).contains(&bytes) {
+        return Ok(());
+    }
+    Err(EngineError::Refused(format!(
+        "storage of {bytes} bytes cannot be made: 16m to 1024g are possible"
+    )))
+}
+
 /// Makes a file of so many bytes, in whole blocks, with an empty file system, where there is none.
 pub(super) fn make(path: &Path, bytes: u64) -> Result<(), EngineError> {
-    if !(STORAGE_MIN..=STORAGE_MAX).contains(&bytes) {
-        return Err(EngineError::Refused(format!(
-            "storage of {bytes} bytes cannot be made: 16m to 1024g are possible"
-        )));
-    }
+    check(bytes)?;
     let failed = || EngineError::store("make the storage", path);
     // It is the guest's to write what it likes in it: nobody else is to mount or read it.
     let file = File::options()
