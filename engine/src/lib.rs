@@ -78,5 +78,6 @@ pub use session::{Event, Session};
 pub use share::Shared;
 pub use store::Store;
 pub use templates::{StoredTemplate, TemplateProgress, TemplateSpec};
+pub use vmm_process::waits_for_order;
 pub use warm::WarmSpec;
 pub use warming::Until;
