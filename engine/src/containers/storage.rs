@@ -1,7 +1,7 @@
 //! Storage of a container: the file that its writable layer lies on, if that is not to lie in memory. It is sparse, holds an ext4 file
 //! system as large as the container may write, and takes of this machine's disk what has been written.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -108,12 +108,6 @@ pub(super) fn open(record: &Record) -> Result<Option<File>, EngineError> {
     Ok(Some(file))
 }
 
-/// Bytes of this machine's disk that a container's storage takes.
-pub(super) fn taken(path: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    fs::metadata(path).map_or(0, |metadata| metadata.blocks().saturating_mul(512))
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
@@ -125,9 +119,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("storage");
         make(&path, (10 << 30) - 1).unwrap();
-        let metadata = fs::metadata(&path).unwrap();
+        let metadata = path.metadata().unwrap();
         assert_eq!((metadata.len(), metadata.mode() & 0o777), (10 << 30, 0o600));
-        assert!(taken(&path) < 32 << 20, "{} bytes", taken(&path));
+        let taken = metadata.blocks() * 512;
+        assert!(taken < 32 << 20, "{taken} bytes");
         // There is one already.
         assert!(make(&path, 1 << 30).is_err());
         // The smallest is one, too.
