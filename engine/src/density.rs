@@ -4,7 +4,6 @@
 use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use picovm_guest_protocol::ContainerExit;
@@ -20,7 +19,7 @@ use crate::messages::Parking;
 use crate::pool::{POOL_MAX, Pool, wait_readable};
 use crate::running::RunningContainer;
 use crate::scheduling::Prompt;
-use crate::vmm_process;
+use crate::vmm_process::waits_for_order;
 
 /// Lets freed memory come back and work of the host's kernel end.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -429,17 +428,9 @@ fn vmm_processes(pool: &Pool) -> Result<Vec<u32>, EngineError> {
         .filter_map(|entry| {
             let process = entry.file_name().to_str()?.parse().ok()?;
             let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
-            (parent(&stat)? == server && !waits_for_order(&entry.path())).then_some(process)
+            (parent(&stat)? == server && !waits_for_order(process)).then_some(process)
         })
         .collect())
-}
-
-/// Whether a VMM process, by its directory in /proc, still has the thread that makes its machine.
-fn waits_for_order(process: &Path) -> bool {
-    let threads = fs::read_dir(process.join("task")).into_iter().flatten().flatten();
-    threads
-        .filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok())
-        .any(|name| name.trim_end() == vmm_process::MAKER)
 }
 
 /// The parent's id in a line of proc_pid_stat(5): the second field after the program's name, which ends with the last bracket.

@@ -26,7 +26,6 @@ mod forked;
 mod guest;
 mod images;
 mod maker;
-mod maker_process;
 #[cfg(fuzzing)]
 pub mod messages;
 #[cfg(not(fuzzing))]
@@ -47,6 +46,7 @@ mod vmm_process;
 pub mod volumes;
 mod warm;
 mod warming;
+mod working_set;
 
 pub use attach::{Interruption, Stdio, Wake};
 pub use confinement::Confinement;
@@ -61,8 +61,7 @@ pub use images::{
 };
 #[cfg(feature = "registry")]
 pub use images::{PullError, PullOptions, Pulled};
-pub use maker::MAKE_TEMPLATE;
-pub use maker_process::serve as serve_maker;
+pub use maker::{MAKE_TEMPLATE, serve as serve_maker};
 pub use messages::Parking;
 pub use picovm_guest_protocol::{
     Change, ChangeKind, ContainerExit, Helper, Limits, PathStatus, ProcessSpec, StartFailure, Task,
@@ -78,5 +77,6 @@ pub use session::{Event, Session};
 pub use share::Shared;
 pub use store::Store;
 pub use templates::{StoredTemplate, TemplateProgress, TemplateSpec};
+pub use vmm_process::waits_for_order;
 pub use warm::WarmSpec;
 pub use warming::Until;

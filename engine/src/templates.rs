@@ -5,32 +5,21 @@
 //! (`warm.rs`) is a clone of that in which an application was started.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use picovm_vmm::template::{FORMAT_VERSION, Metadata, unfinished};
-use picovm_vmm::{
-    BootFiles, Disk, Draft, Expected, ForkOptions, MachineConfig, Template, TemplateError, WorkingSet,
-};
+use picovm_vmm::{BootFiles, Disk, Draft, Expected, MachineConfig, Template, TemplateError};
 
-use crate::attach::{Interruption, Stdio};
-use crate::confinement::{Confinement, ThreadFilters};
-use crate::container::{Container, ContainerOptions};
+use crate::confinement::Confinement;
 use crate::error::EngineError;
 use crate::guest::GuestFiles;
 use crate::images::Image;
 use crate::maker::{Maker, Order};
 use crate::store::{self, Lock, Store};
-use crate::warm::NOTE_CONTAINER;
-
-/// How long the container may take that is run to see which pages a start touches.
-const TRY_MAX: Duration = Duration::from_secs(20);
-
-/// How long an application that goes on is looked at.
-const WARM_TRY: Duration = Duration::from_millis(300);
+use crate::working_set::try_starts;
 
 /// Sectors of 512 bytes of the disk that an image is, as every guest sees it: 1 TiB, so that one base serves images of all
 /// sizes. What is behind an image's end reads as zeros, and its file system knows where it ends.
@@ -290,76 +279,6 @@ pub(crate) fn complete(
         Err(error) => tracing::warn!(%error, "cannot record which pages a start touches"),
     }
     Ok(template)
-}
-
-/// How many starts are looked at: of the pages that one writes, the next writes all but a few.
-const TRIES: usize = 3;
-/// Pages that a start may touch to be taken for one: 4 GiB. Each is remembered.
-const TOUCHED_MAX: u64 = 1 << 20;
-
-/// Has containers run, to learn which pages a start touches.
-fn try_starts(template: &Template, maker: &mut Maker) -> Result<WorkingSet, EngineError> {
-    (0..TRIES).try_fold(WorkingSet::default(), |set, _| {
-        Ok(set.union(&watch_a_start(template, maker)?))
-    })
-}
-
-fn watch_a_start(template: &Template, maker: &mut Maker) -> Result<WorkingSet, EngineError> {
-    let failed = || EngineError::host("record which pages a start touches");
-    let mut file = tempfile::tempfile_in(template.path()).map_err(failed())?;
-    let order = Order::Try {
-        template: template.path().to_owned(),
-    };
-    maker.carry_out(&order, &[file.as_fd()], &mut || {})?;
-    let mut bytes = Vec::new();
-    file.rewind().map_err(failed())?;
-    file.take(WORKING_SET_MAX)
-        .read_to_end(&mut bytes)
-        .map_err(failed())?;
-    template
-        .decode_working_set(&bytes)
-        .filter(|set| set.written_pages().saturating_add(set.read_pages()) <= TOUCHED_MAX)
-        .ok_or_else(|| failed()(std::io::ErrorKind::InvalidData.into()))
-}
-
-/// Largest working set that is read, in bytes: they are some ten KiB.
-const WORKING_SET_MAX: u64 = 16 << 20;
-
-/// Runs a container in this process and looks which pages that touches.
-pub(crate) fn try_a_start(
-    template: &Template,
-    filters: &ThreadFilters,
-    pagemap: Option<&File>,
-    null: &File,
-) -> Result<WorkingSet, EngineError> {
-    let machine = template.fork(ForkOptions {
-        threads: filters.threads(),
-        ..ForkOptions::default()
-    })?;
-    machine
-        .watch_working_set()
-        .map_err(EngineError::host("watch which pages a start touches"))?;
-    filters.seal()?;
-    let is_warm = template.metadata().notes.contains_key(NOTE_CONTAINER);
-    let mut start = ContainerOptions::command(["sh", "-c", "echo"]).request();
-    // An application that was started already goes on, and is ended after a while.
-    start.spec.process.stdin = is_warm;
-    let time = if is_warm { WARM_TRY } else { TRY_MAX };
-    let mut container = Container::start_parked(template, machine, start, None)?;
-    container.stdin = false;
-    let stdio = Stdio {
-        stdin: null.as_fd(),
-        stdout: null.as_fd(),
-        stderr: null.as_fd(),
-        wake: None,
-        deadline: Instant::now().checked_add(time),
-    };
-    container.serve_stdio(stdio, &mut |_| Some(Interruption::Kill(9)))?;
-    match pagemap {
-        Some(pagemap) => container.machine().working_set_by(pagemap),
-        None => container.machine().working_set(),
-    }
-    .map_err(EngineError::host("record which pages a start touches"))
 }
 
 /// A template of the store, by its metadata alone.

@@ -1,6 +1,7 @@
 //! The life of a VMM process: of one that waits for an order, parks a clone and waits for its container, and of one whose container
 //! is known from the start. It ends with its container, or when nobody is left who could start it.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -93,10 +94,21 @@ fn make_ahead(
     })
 }
 
-/// Name of the thread that makes a machine: who has it has none yet.
-pub(crate) const MAKER: &str = "maker";
+/// Name of the thread that makes a machine.
+const MAKER: &str = "maker";
 /// Its stack in bytes.
 const MAKER_STACK: usize = 256 << 10;
+
+/// Whether the VMM process of this id waits for an order: it has the thread that makes its machine, which is the last one that is
+/// made, and ends with that.
+#[must_use]
+pub fn waits_for_order(process: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{process}/task"));
+    let names = threads.into_iter().flatten().flatten();
+    names
+        .filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok())
+        .any(|name| name.trim_end() == MAKER)
+}
 
 /// Waits for the order, and makes the machine.
 fn obey(template: &Template, orders: &UnixStream, threads: Threads) -> Result<Option<Made>, EngineError> {
@@ -219,5 +231,31 @@ impl Director for Owner<'_> {
         };
         // Who does not listen any more does not need to know.
         let _ = messages::send(self.0, &message, &[]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn a_process_waits_for_an_order_while_it_has_the_thread_that_makes_its_machine() {
+        // A thread names itself, and is there for a moment when it has been joined.
+        let comes_to_be = |wanted: bool| {
+            let give_up = Instant::now() + Duration::from_secs(10);
+            while waits_for_order(std::process::id()) != wanted {
+                assert!(Instant::now() < give_up, "it is still not {wanted}");
+                std::thread::yield_now();
+            }
+        };
+        let (go_on, waits) = std::sync::mpsc::channel::<()>();
+        let maker = std::thread::Builder::new().name(MAKER.into());
+        let maker = maker.spawn(move || waits.recv()).unwrap();
+        comes_to_be(true);
+        drop(go_on);
+        let _ = maker.join();
+        comes_to_be(false);
     }
 }

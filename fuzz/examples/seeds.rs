@@ -229,8 +229,8 @@ fn slots() -> Result<Vec<SlotState>, Anything> {
         SlotBackend::Console(backend),
         SlotBackend::Entropy,
         SlotBackend::Fs(ShareBackend::default()),
-        SlotBackend::Block(FileBackend::open(disk.path(), true)?, "disk".into()),
-        SlotBackend::Storage(FileBackend::storage(None, 16)?),
+        SlotBackend::Block(FileBackend::open(disk.path(), true)?, Some("disk".into())),
+        SlotBackend::Block(FileBackend::storage(None, 16)?, None),
     ];
     let mut states = Vec::new();
     for (index, backend) in backends.into_iter().enumerate() {

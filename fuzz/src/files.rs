@@ -63,14 +63,14 @@ fn machine_state(data: &[u8]) {
                 disk.write_all_at(&[7; 4096], 0).expect("fill the disk");
                 let path = format!("/proc/self/fd/{}", disk.as_raw_fd());
                 match FileBackend::open_for_clone(Path::new(&path), device) {
-                    Ok(backend) => SlotBackend::Block(backend, path.into()),
+                    Ok(backend) => SlotBackend::Block(backend, Some(path.into())),
                     Err(_) => continue,
                 }
             }
             SlotState::Entropy { .. } => SlotBackend::Entropy,
             SlotState::Fs { .. } => SlotBackend::Fs(ShareBackend::default()),
             SlotState::Storage { device, .. } => match FileBackend::storage(None, device.sectors) {
-                Ok(backend) => SlotBackend::Storage(backend),
+                Ok(backend) => SlotBackend::Block(backend, None),
                 Err(_) => continue,
             },
         };

@@ -12,7 +12,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use picovm_vmm::devices::virtio::block::FileBackend;
 use picovm_vmm::devices::virtio::console;
 use picovm_vmm::devices::virtio::fs::ShareBackend;
-use picovm_vmm::devices::virtio::slot::{Slot, SlotBackend, SlotState};
+use picovm_vmm::devices::virtio::slot::{Slot, SlotBackend, SlotSources, SlotState};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::guest;
@@ -231,18 +231,13 @@ impl Rig {
     fn save_and_restore(&mut self) {
         let saved = self.slot.state();
         let (backend, host) = connection();
-        let mut storage = match &self.disk {
-            Some((disk, _)) => disk.try_clone().ok(),
-            None => None,
+        let mut sources = SlotSources {
+            console: Some(backend),
+            storage: self.disk.as_ref().and_then(|(disk, _)| disk.try_clone().ok()),
+            ..SlotSources::default()
         };
         let backend = saved
-            .open_backend(
-                &mut Some(backend),
-                &mut None,
-                &mut storage,
-                &mut std::iter::empty(),
-                None,
-            )
+            .open_backend(2, &mut sources)
             .expect("the disk is what it was")
             .expect("every slot has a backend");
         let slot = Slot::from_state(backend, 2, self.memory.clone(), guest::line(), &saved)
@@ -375,14 +370,20 @@ pub fn virtio_block(data: &[u8]) {
         _ => {
             let file = disk.try_clone().expect("have the disk twice");
             let backend = FileBackend::storage(Some(file), 4 * SECTORS).expect("the disk is one");
-            Rig::new(SlotBackend::Storage(backend), None, Some((disk, false))).run(Unstructured::new(data));
+            Rig::new(SlotBackend::Block(backend, None), None, Some((disk, false)))
+                .run(Unstructured::new(data));
             return;
         }
     };
     let backend = FileBackend::open(&path, read_only)
         .and_then(|backend| backend.with_capacity(&path, sectors))
         .expect("the disk is one");
-    Rig::new(SlotBackend::Block(backend, path), None, Some((disk, read_only))).run(Unstructured::new(data));
+    Rig::new(
+        SlotBackend::Block(backend, Some(path)),
+        None,
+        Some((disk, read_only)),
+    )
+    .run(Unstructured::new(data));
 }
 
 /// The entropy device.

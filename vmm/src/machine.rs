@@ -42,7 +42,7 @@ use crate::devices::virtio::DeviceError;
 use crate::devices::virtio::block::{BackendError, FileBackend};
 use crate::devices::virtio::console;
 use crate::devices::virtio::fs::ShareBackend;
-use crate::devices::virtio::slot::{Slot, SlotBackend, SlotState};
+use crate::devices::virtio::slot::{Slot, SlotBackend, SlotSources, SlotState};
 use crate::memory::{self, MemoryError};
 use crate::threads::{DeviceThread, ExitCounters, ExitCounts, Stop, Threads, VcpuContext, VcpuThread};
 use crate::vcpu::{self, Msr, MsrList, VcpuError, VcpuState};
@@ -291,9 +291,12 @@ impl Machine {
             SlotBackend::Fs(ShareBackend::default()),
         ];
         for (backend, disk) in files.disks.into_iter().zip(&config.disks) {
-            backends.push(SlotBackend::Block(backend, disk.path.clone()));
+            backends.push(SlotBackend::Block(backend, Some(disk.path.clone())));
         }
-        backends.push(SlotBackend::Storage(FileBackend::storage(None, STORAGE_SECTORS)?));
+        backends.push(SlotBackend::Block(
+            FileBackend::storage(None, STORAGE_SECTORS)?,
+            None,
+        ));
         let slots = backends
             .into_iter()
             .enumerate()
@@ -372,24 +375,18 @@ impl Machine {
         }
 
         let (backend, connection) = console::connection().map_err(host("create the control connection"))?;
-        let mut backend = Some(backend);
-        let mut share = own
-            .share
-            .map(ShareBackend::new)
-            .transpose()
-            .map_err(host("use the connection with a share server"))?;
-        let mut storage = own.storage;
-        let mut disks = own.disks.into_iter();
+        let share = own.share.map(ShareBackend::new).transpose();
+        let mut sources = SlotSources {
+            console: Some(backend),
+            share: share.map_err(host("use the connection with a share server"))?,
+            storage: own.storage,
+            disks: own.disks.into_iter(),
+            shared: &own.shared,
+        };
         let mut slots = Vec::with_capacity(state.slots.len());
         for (index, saved) in state.slots.iter().enumerate() {
             let backend = saved
-                .open_backend(
-                    &mut backend,
-                    &mut share,
-                    &mut storage,
-                    &mut disks,
-                    own.shared.get(index).and_then(Option::as_ref),
-                )?
+                .open_backend(index, &mut sources)?
                 .ok_or(MachineError::State("it has more than one control connection"))?;
             slots.push(Slot::from_state(
                 backend,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Local, NaiveDate, NaiveDateTime, TimeZone, Utc};
-use picovm_engine::containers::{STORAGE_MAX, STORAGE_MIN};
+use picovm_engine::containers::check_storage;
 
 use crate::pull_arguments::parse_bytes;
 
@@ -49,9 +49,7 @@ const REAL_TIME: (u8, u8) = (34, 64);
 /// Bytes of storage, as `10g` or `size=10g`.
 pub fn storage(text: &str) -> Result<u64, String> {
     let bytes = parse_bytes(text.strip_prefix("size=").unwrap_or(text))?;
-    if !(STORAGE_MIN..=STORAGE_MAX).contains(&bytes) {
-        return Err("16m to 1024g are possible".to_owned());
-    }
+    check_storage(bytes).map_err(|error| error.to_string())?;
     Ok(bytes)
 }
 

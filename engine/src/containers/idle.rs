@@ -82,28 +82,36 @@ impl Idle {
         attempted: &'static str,
         helper: &Helper,
     ) -> Result<T, EngineError> {
-        let failed = |error: io::Error| EngineError::host("take the agent's answer")(error);
-        // Files and not pipes: nobody reads these while the agent writes.
-        let (mut out, mut err) = (
-            tempfile::tempfile().map_err(failed)?,
-            tempfile::tempfile().map_err(failed)?,
-        );
+        // A file and not a pipe: nobody reads it while the agent writes.
+        let mut answer = file()?;
+        self.ask(attempted, helper, answer.as_fd())?;
+        let bytes = written(&mut answer)?;
+        postcard::from_bytes(&bytes).map_err(|error| self.refused(attempted, error.to_string()))
+    }
+
+    /// Has the agent do something that may fail, with its answer going there.
+    fn ask(
+        &mut self,
+        attempted: &'static str,
+        helper: &Helper,
+        answer: BorrowedFd<'_>,
+    ) -> Result<(), EngineError> {
+        let mut err = file()?;
         let null = null()?;
-        let exit = self.help(helper, [null.as_fd(), out.as_fd(), err.as_fd()])?;
-        let rewound = |file: &mut File| -> Result<Vec<u8>, EngineError> {
-            io::Seek::rewind(file).map_err(failed)?;
-            read_all(file.try_clone().map_err(failed)?.into(), QUERY_MAX)
-        };
-        let answer = rewound(&mut out)?;
-        let told = rewound(&mut err)?;
-        let agent = |reason: String| EngineError::Agent {
+        match self.help(helper, [null.as_fd(), answer, err.as_fd()])? {
+            ContainerExit::Code(0) => Ok(()),
+            exit => {
+                let told = written(&mut err)?;
+                Err(self.refused(attempted, reason(&exit, &told)))
+            }
+        }
+    }
+
+    fn refused(&self, attempted: &'static str, reason: String) -> EngineError {
+        EngineError::Agent {
             attempted,
             name: self.record.name.clone(),
             reason,
-        };
-        match exit {
-            ContainerExit::Code(0) => postcard::from_bytes(&answer).map_err(|error| agent(error.to_string())),
-            exit => Err(agent(reason(&exit, &told))),
         }
     }
 
@@ -112,44 +120,29 @@ impl Idle {
     /// # Errors
     /// [`EngineError::Store`], [`EngineError::Agent`], [`EngineError::Vmm`]; the container's files are then what they were.
     pub fn save(mut self) -> Result<(), EngineError> {
+        const ATTEMPTED: &str = "save the files";
         if self.record.config.storage.is_some() {
-            return self.sync();
+            return self.ask(ATTEMPTED, &Helper::Sync, null()?.as_fd());
         }
         let path = self.record.layer();
         let failed = || EngineError::store("write", &path);
         let file = tempfile::NamedTempFile::new_in(&self.record.directory).map_err(failed())?;
-        let err = tempfile::tempfile().map_err(failed())?;
-        let null = null()?;
-        let exit = self.help(
-            &Helper::SaveLayer,
-            [null.as_fd(), file.as_file().as_fd(), err.as_fd()],
-        )?;
-        if exit != ContainerExit::Code(0) {
-            return Err(EngineError::Agent {
-                attempted: "save the files",
-                name: self.record.name.clone(),
-                reason: reason(&exit, &[]),
-            });
-        }
+        self.ask(ATTEMPTED, &Helper::SaveLayer, file.as_file().as_fd())?;
         file.persist(&path).map_err(|error| failed()(error.error))?;
         Ok(())
     }
+}
 
-    /// Waits until what was changed is on the container's storage.
-    fn sync(&mut self) -> Result<(), EngineError> {
-        let mut err = tempfile::tempfile().map_err(EngineError::host("take the agent's answer"))?;
-        let null = null()?;
-        let exit = self.help(&Helper::Sync, [null.as_fd(), null.as_fd(), err.as_fd()])?;
-        if exit == ContainerExit::Code(0) {
-            return Ok(());
-        }
-        io::Seek::rewind(&mut err).map_err(EngineError::host("take the agent's answer"))?;
-        Err(EngineError::Agent {
-            attempted: "save the files",
-            name: self.record.name.clone(),
-            reason: reason(&exit, &read_all(err.into(), QUERY_MAX)?),
-        })
-    }
+/// A file for what the agent writes.
+fn file() -> Result<File, EngineError> {
+    tempfile::tempfile().map_err(EngineError::host("take the agent's answer"))
+}
+
+/// All that the agent has written to it.
+fn written(file: &mut File) -> Result<Vec<u8>, EngineError> {
+    let failed = |error: io::Error| EngineError::host("take the agent's answer")(error);
+    io::Seek::rewind(file).map_err(failed)?;
+    read_all(file.try_clone().map_err(failed)?.into(), QUERY_MAX)
 }
 
 /// The writable layer that the last run has left, if there was one.

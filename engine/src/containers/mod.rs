@@ -41,7 +41,7 @@ pub use record::{
     ContainerConfig, Health, HealthResult, LogOptions, MountKind, MountPoint, Record, RestartPolicy, State,
     Status, Text, WarmStart, machine_memory,
 };
-pub use storage::{STORAGE_MAX, STORAGE_MIN};
+pub use storage::check as check_storage;
 
 use picovm_vmm::Template;
 

@@ -1,7 +1,9 @@
 //! What is known of a container: its configuration, which does not change, and its state, which does.
 
 use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
@@ -453,8 +455,11 @@ impl Record {
     #[must_use]
     pub fn layer_size(&self) -> u64 {
         match self.config.storage {
-            Some(_) => super::storage::taken(&self.storage()),
-            None => std::fs::metadata(self.layer()).map_or(0, |metadata| metadata.len()),
+            // A file with holes.
+            Some(_) => {
+                fs::metadata(self.storage()).map_or(0, |metadata| metadata.blocks().saturating_mul(512))
+            }
+            None => fs::metadata(self.layer()).map_or(0, |metadata| metadata.len()),
         }
     }
 

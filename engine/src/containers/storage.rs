@@ -1,7 +1,7 @@
 //! Storage of a container: the file that its writable layer lies on, if that is not to lie in memory. It is sparse, holds an ext4 file
 //! system as large as the container may write, and takes of this machine's disk what has been written.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -14,21 +14,30 @@ use super::record::Record;
 use crate::error::EngineError;
 
 /// Fewest bytes of storage: a file system and its journal fit in it.
-pub const STORAGE_MIN: u64 = 16 << 20;
+const STORAGE_MIN: u64 = 16 << 20;
 /// Most bytes of storage: what the guest sees of its disk.
-pub const STORAGE_MAX: u64 = STORAGE_SECTORS * 512;
+const STORAGE_MAX: u64 = STORAGE_SECTORS * 512;
 /// A block of the file system.
 const BLOCK: u64 = 4096;
 /// How long a VMM process may take to end that was killed with its monitor.
 const IN_USE_MAX: Duration = Duration::from_secs(10);
 
+/// Whether storage of so many bytes can be made.
+///
+/// # Errors
+/// [`EngineError::Refused`], with what is possible.
+pub fn check(bytes: u64) -> Result<(), EngineError> {
+    if (STORAGE_MIN..=STORAGE_MAX).contains(&bytes) {
+        return Ok(());
+    }
+    Err(EngineError::Refused(format!(
+        "storage of {bytes} bytes cannot be made: 16m to 1024g are possible"
+    )))
+}
+
 /// Makes a file of so many bytes, in whole blocks, with an empty file system, where there is none.
 pub(super) fn make(path: &Path, bytes: u64) -> Result<(), EngineError> {
-    if !(STORAGE_MIN..=STORAGE_MAX).contains(&bytes) {
-        return Err(EngineError::Refused(format!(
-            "storage of {bytes} bytes cannot be made: 16m to 1024g are possible"
-        )));
-    }
+    check(bytes)?;
     let failed = || EngineError::store("make the storage", path);
     // It is the guest's to write what it likes in it: nobody else is to mount or read it.
     let file = File::options()
@@ -99,12 +108,6 @@ pub(super) fn open(record: &Record) -> Result<Option<File>, EngineError> {
     Ok(Some(file))
 }
 
-/// Bytes of this machine's disk that a container's storage takes.
-pub(super) fn taken(path: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    fs::metadata(path).map_or(0, |metadata| metadata.blocks().saturating_mul(512))
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
@@ -116,9 +119,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("storage");
         make(&path, (10 << 30) - 1).unwrap();
-        let metadata = fs::metadata(&path).unwrap();
+        let metadata = path.metadata().unwrap();
         assert_eq!((metadata.len(), metadata.mode() & 0o777), (10 << 30, 0o600));
-        assert!(taken(&path) < 32 << 20, "{} bytes", taken(&path));
+        let taken = metadata.blocks() * 512;
+        assert!(taken < 32 << 20, "{taken} bytes");
         // There is one already.
         assert!(make(&path, 1 << 30).is_err());
         // The smallest is one, too.

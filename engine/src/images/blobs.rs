@@ -74,11 +74,6 @@ impl Blobs {
         self.directory.join(digest.hex())
     }
 
-    /// Where content lies that is being fetched, and is continued if that ends early.
-    pub(super) fn partial(&self, digest: &Digest) -> PathBuf {
-        self.directory.join(format!("{}.partial", digest.hex()))
-    }
-
     pub(super) fn directory(&self) -> &Path {
         &self.directory
     }

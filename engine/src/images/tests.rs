@@ -344,7 +344,7 @@ fn what_a_killed_process_left_is_removed_by_the_next() {
     store.blobs().prepare().unwrap();
     fs::create_dir_all(store.files().join(".building-1/.picovm-unpack-2/root")).unwrap();
     fs::write(store.blobs_directory().join(".unfinished-1"), "x").unwrap();
-    let partial = store.blobs().partial(&Digest::of(b"x"));
+    let partial = store.blobs().path(&Digest::of(b"x")).with_extension("partial");
     fs::write(&partial, "x").unwrap();
     {
         // Not while somebody adds something.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use picovm_engine::{
     Confinement, ContainerExit, ContainerOptions, EngineError, Parking, Pool, RunningContainer,
+    waits_for_order,
 };
 
 use crate::template;
@@ -77,7 +78,7 @@ pub fn vmm_processes() -> Vec<(i32, i32)> {
 /// The VMM processes of a pool that have a clone, by their ids.
 pub fn clones(pool: &Pool) -> Vec<i32> {
     let mut children = children(pool);
-    children.retain(|child| !waits(*child));
+    children.retain(|child| !waits_for_order(child.cast_unsigned()));
     children
 }
 
@@ -85,7 +86,10 @@ pub fn clones(pool: &Pool) -> Vec<i32> {
 pub fn waiting(pool: &Pool) -> i32 {
     let start = Instant::now();
     loop {
-        if let Some(child) = children(pool).into_iter().find(|child| waits(*child)) {
+        if let Some(child) = children(pool)
+            .into_iter()
+            .find(|child| waits_for_order(child.cast_unsigned()))
+        {
             return child;
         }
         assert!(start.elapsed() < PARKING, "no process waits for an order");
@@ -98,17 +102,6 @@ fn children(pool: &Pool) -> Vec<i32> {
     let all = vmm_processes().into_iter();
     all.filter_map(|(id, parent)| (parent == server).then_some(id))
         .collect()
-}
-
-/// Whether it has the thread that is to make its machine, which is the last one that is made.
-fn waits(process: i32) -> bool {
-    let threads = std::fs::read_dir(format!("/proc/{process}/task"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    threads
-        .filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok())
-        .any(|name| name.trim() == "maker")
 }
 
 /// Whether there is no fork server and no VMM process any more by then.

@@ -1,12 +1,16 @@
 //! Health checks: a command that is executed in the container from time to time, and says by its exit status whether it works.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use picovm_guest_protocol::ProcessSpec;
+use picovm_guest_protocol::{ContainerExit, ProcessSpec};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::super::record::{ContainerConfig, Health, HealthResult};
+use super::super::client::null;
+use super::super::record::{ContainerConfig, Health, HealthResult, Status};
+use super::{KILL, Monitor, Purpose, Running};
 
 /// Results that are kept.
 const KEPT: usize = 5;
@@ -157,6 +161,94 @@ impl Checks {
             Some(check) if check.timed_out => check.deadline + 5 * SECOND,
             Some(check) => check.deadline,
             None => self.next,
+        }
+    }
+}
+
+impl Monitor<'_> {
+    /// Begins a health check that is due, ends one that takes too long.
+    pub(super) fn check_health(&mut self, now: Instant) {
+        let paused = self.record.state.status == Status::Paused;
+        let Some(running) = self
+            .running
+            .as_mut()
+            .filter(|running| running.exit.is_none() && !paused)
+        else {
+            return;
+        };
+        let Some(checks) = running.checks.as_mut().filter(|checks| now >= checks.due()) else {
+            return;
+        };
+        if let Some(check) = &mut checks.current {
+            if check.timed_out {
+                // Killed, and still there: its end will come, or that of the container.
+                check.deadline = now + Duration::from_secs(3600);
+            }
+            check.timed_out = true;
+            let _ = running.vmm.signal_process(check.process, KILL);
+            return;
+        }
+        let spec = checks.spec(&self.record.config);
+        let begin = |running: &mut Running| -> Option<()> {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC).ok()?;
+            let null = null().ok()?;
+            let process = Self::free_number(running)?;
+            running
+                .vmm
+                .exec(process, &spec, [null.as_fd(), write.as_fd(), write.as_fd()])
+                .ok()?;
+            running.processes.insert(process, Purpose::Check);
+            running.checks.as_mut()?.begin(process, read);
+            Some(())
+        };
+        if begin(running).is_none()
+            && let Some(checks) = &mut running.checks
+        {
+            checks.next = now + Duration::from_secs(1);
+        }
+    }
+
+    pub(super) fn take_check_output(&mut self) {
+        let check = self
+            .running
+            .as_mut()
+            .and_then(|running| running.checks.as_mut()?.current.as_mut());
+        let Some(check) = check else { return };
+        let Some(output) = &check.output else { return };
+        let mut bytes = Vec::with_capacity(4096);
+        match rustix::io::read(output, rustix::buffer::spare_capacity(&mut bytes)) {
+            Ok(count) if count > 0 => check.take(&bytes),
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Ok(_) | Err(_) => check.output = None,
+        }
+    }
+
+    pub(super) fn end_check(&mut self, exit: &ContainerExit) {
+        // What it wrote last is in the pipe: its writers have gone.
+        while self
+            .running
+            .as_ref()
+            .and_then(|running| running.checks.as_ref()?.current.as_ref())
+            .is_some_and(|check| check.output.is_some())
+        {
+            self.take_check_output();
+        }
+        let Some(checks) = self.running.as_mut().and_then(|running| running.checks.as_mut()) else {
+            return;
+        };
+        let timed_out = checks.current.as_ref().is_some_and(|check| check.timed_out);
+        let code = if timed_out {
+            -1
+        } else {
+            i32::from(exit.shell_status())
+        };
+        let same = checks.end(code);
+        let health = checks.health.clone();
+        let status = health.status.clone();
+        self.change(|state| state.health = Some(health));
+        if !same {
+            self.containers
+                .tell(&self.record, &format!("health_status: {status}"), &[]);
         }
     }
 }

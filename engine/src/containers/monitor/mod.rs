@@ -4,6 +4,7 @@
 //! clients, and writes down what becomes of the container.
 
 mod health;
+mod keeping;
 mod peers;
 mod requests;
 mod turn;
@@ -34,6 +35,7 @@ use crate::running::RunningContainer;
 use crate::store::Lock;
 use crate::streams::{Descriptor, Sink};
 use health::Checks;
+use keeping::Keeping;
 use peers::{Peer, Role};
 
 const KILL: u8 = 9;
@@ -72,10 +74,8 @@ enum Purpose {
     Peer(u64),
     /// A health check.
     Check,
-    /// Saving the writable layer.
-    Save,
-    /// Having storage written to its disk.
-    Sync,
+    /// Keeping what the container has written to its files.
+    Keep,
 }
 
 /// A container that runs.
@@ -90,25 +90,11 @@ struct Running {
     next_process: u16,
     checks: Option<Checks>,
     exit: Option<ContainerExit>,
-    saving: Option<Saving>,
-    /// Until when what its storage lacks may be on the way to it.
-    syncing: Option<Instant>,
+    keeping: Option<Keeping>,
     /// Why there is no clone any more, if there is none.
     gone: Option<String>,
     /// Who waits until it stands still, or goes on.
     pausing: Option<u64>,
-}
-
-/// The writable layer on its way into a file.
-struct Saving {
-    from: Option<OwnedFd>,
-    file: tempfile::NamedTempFile,
-    size: u64,
-    /// Whether it is all zeros so far: an archive without an entry.
-    is_empty: bool,
-    stalled_at: Instant,
-    /// Whether the agent has said that it is whole.
-    ended: Option<ContainerExit>,
 }
 
 struct Monitor<'m> {
@@ -420,8 +406,7 @@ impl<'m> Monitor<'m> {
             next_process: 1,
             checks: Checks::of(config),
             exit: None,
-            saving: None,
-            syncing: None,
+            keeping: None,
             gone: None,
             pausing: None,
         })
@@ -452,7 +437,7 @@ impl<'m> Monitor<'m> {
             });
         }
         let exit = running.exit.as_ref()?;
-        if !running.outputs.is_empty() || running.saving.is_some() || running.syncing.is_some() {
+        if !running.outputs.is_empty() || running.keeping.is_some() {
             return None;
         }
         let error = match exit {
@@ -470,8 +455,8 @@ impl<'m> Monitor<'m> {
         let running = self.running.as_ref()?;
         let live = running.exit.is_none() && self.record.state.status != Status::Paused;
         let checks = running.checks.as_ref().filter(|_| live).map(Checks::due);
-        let saving = running.saving.as_ref().map(|saving| saving.stalled_at);
-        [self.kill_at, self.force_at, checks, saving, running.syncing]
+        let keeping = running.keeping.as_ref().map(Keeping::until);
+        [self.kill_at, self.force_at, checks, keeping]
             .into_iter()
             .flatten()
             .min()
@@ -497,15 +482,11 @@ impl<'m> Monitor<'m> {
             }
         }
         if running
-            .saving
+            .keeping
             .as_ref()
-            .is_some_and(|saving| now >= saving.stalled_at)
+            .is_some_and(|keeping| now >= keeping.until())
         {
-            self.end_saving(Err("the guest does not go on with it".into()));
-        }
-        let syncing = self.running.as_ref().and_then(|running| running.syncing);
-        if syncing.is_some_and(|until| now >= until) {
-            self.end_sync(Err("the guest does not go on with it".into()));
+            self.end_keeping(Err("the guest does not go on with it".into()));
         }
         self.check_health(now);
     }

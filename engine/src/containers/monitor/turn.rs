@@ -1,20 +1,16 @@
 //! One turn of a monitor: wait for what it watches, and move what can be moved.
 
-use std::io;
-use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use picovm_guest_protocol::{ContainerExit, Helper, Stream};
+use picovm_guest_protocol::{ContainerExit, Stream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::super::client::{null, reason};
 use super::super::protocol::FromMonitor;
 use super::super::record::Status;
+use super::keeping::Keeping;
 use super::peers::{Peer, Role};
-use super::{Monitor, Purpose, Running, Saving};
-use crate::error::EngineError;
+use super::{Monitor, Purpose, Running};
 use crate::running::News;
 use crate::streams::Sink;
 use crate::timeout;
@@ -22,13 +18,7 @@ use crate::timeout;
 /// Bytes that wait for who has attached, from which on nothing more is read of the container.
 const BACKLOG: usize = 64 << 10;
 /// Bytes that are moved at once.
-const CHUNK: usize = 64 << 10;
-/// How long saving the writable layer may stand still.
-const SAVE_STALL: Duration = Duration::from_secs(20);
-/// How long what storage lacks may take to get there: all of a machine's memory, on a slow disk.
-const SYNC_MAX: Duration = Duration::from_secs(120);
-/// How large a writable layer may become, in sizes of the machine's memory: in that it lies, but for what archives add.
-const LAYER_MAX: u64 = 2;
+pub(super) const CHUNK: usize = 64 << 10;
 
 /// What is ready.
 #[derive(Clone, Copy)]
@@ -40,7 +30,7 @@ enum Ready {
     Vmm,
     Output(usize),
     Feed,
-    Saving,
+    Layer,
     Check,
 }
 
@@ -78,7 +68,7 @@ impl Monitor<'_> {
                 Ready::Vmm => self.take_news(),
                 Ready::Output(index) => self.take_output(index),
                 Ready::Feed => self.write_feed(),
-                Ready::Saving => self.take_layer(),
+                Ready::Layer => self.take_layer(),
                 Ready::Check => self.take_check_output(),
             }
         }
@@ -125,8 +115,8 @@ impl Monitor<'_> {
             tokens.push(Ready::Feed);
             fds.push(PollFd::from_borrowed_fd(feed.fd(), PollFlags::OUT));
         }
-        if let Some(from) = running.saving.as_ref().and_then(|saving| saving.from.as_ref()) {
-            tokens.push(Ready::Saving);
+        if let Some(from) = running.keeping.as_ref().and_then(Keeping::source) {
+            tokens.push(Ready::Layer);
             fds.push(PollFd::new(from, PollFlags::IN));
         }
         let check = running.checks.as_ref().and_then(|checks| checks.current.as_ref());
@@ -268,10 +258,8 @@ impl Monitor<'_> {
                 self.kill_at = None;
                 self.force_at = None;
                 self.drain_outputs();
-                match (self.record.config.auto_remove, self.record.config.storage) {
-                    (true, _) => {}
-                    (false, Some(_)) => self.begin_sync(),
-                    (false, None) => self.begin_saving(),
+                if !self.record.config.auto_remove {
+                    self.begin_keeping();
                 }
             }
             News::ProcessExit(process, exit) => self.process_ended(process, exit),
@@ -299,11 +287,7 @@ impl Monitor<'_> {
                 let why = format!("the clone has ended before it was saved: {reason}");
                 running.gone = Some(reason);
                 running.feed = None;
-                if running.saving.is_some() {
-                    self.end_saving(Err(why));
-                } else if running.syncing.is_some() {
-                    self.end_sync(Err(why));
-                }
+                self.end_keeping(Err(why));
             }
         }
     }
@@ -321,19 +305,7 @@ impl Monitor<'_> {
                 }
             }
             Some(Purpose::Check) => self.end_check(&exit),
-            Some(Purpose::Save) => {
-                if let Some(saving) = &mut running.saving {
-                    saving.ended = Some(exit);
-                }
-                self.settle_saving();
-            }
-            Some(Purpose::Sync) => {
-                let result = match exit {
-                    ContainerExit::Code(0) => Ok(()),
-                    exit => Err(reason(&exit, &[])),
-                };
-                self.end_sync(result);
-            }
+            Some(Purpose::Keep) => self.helper_ended(exit),
             None => {}
         }
     }
@@ -349,245 +321,5 @@ impl Monitor<'_> {
             }
         }
         None
-    }
-
-    /// Begins to save what the container has changed of its files.
-    fn begin_saving(&mut self) {
-        if let Err(error) = self.try_to_save() {
-            self.note_unsaved(&error.to_string());
-        }
-    }
-
-    fn try_to_save(&mut self) -> Result<(), EngineError> {
-        let Some(running) = &mut self.running else {
-            return Ok(());
-        };
-        if matches!(running.exit, Some(ContainerExit::NotStarted(_))) && !self.record.layer().exists() {
-            // Nothing of it ran.
-            let _ = running.vmm.kill(super::KILL);
-            return Ok(());
-        }
-        let failed = EngineError::host("make a pipe");
-        let (from, to) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
-        let file = tempfile::NamedTempFile::new_in(&self.record.directory)
-            .map_err(EngineError::store("write in", &self.record.directory))?;
-        let null = null()?;
-        let process = Self::free_number(running)
-            .ok_or_else(|| EngineError::Refused("its container has too many processes".into()))?;
-        running.vmm.help(
-            process,
-            &Helper::SaveLayer,
-            [null.as_fd(), to.as_fd(), null.as_fd()],
-        )?;
-        running.processes.insert(process, Purpose::Save);
-        running.saving = Some(Saving {
-            from: Some(from),
-            file,
-            size: 0,
-            is_empty: true,
-            stalled_at: Instant::now() + SAVE_STALL,
-            ended: None,
-        });
-        Ok(())
-    }
-
-    fn take_layer(&mut self) {
-        let limit = (self.record.config.memory_mib << 20).saturating_mul(LAYER_MAX);
-        let Some(saving) = self.running.as_mut().and_then(|running| running.saving.as_mut()) else {
-            return;
-        };
-        let Some(from) = &saving.from else { return };
-        let mut bytes = Vec::with_capacity(CHUNK);
-        match rustix::io::read(from, rustix::buffer::spare_capacity(&mut bytes)) {
-            Ok(count) if count > 0 => {}
-            Err(Errno::INTR | Errno::AGAIN) => return,
-            Ok(_) | Err(_) => {
-                saving.from = None;
-                self.settle_saving();
-                return;
-            }
-        }
-        saving.stalled_at = Instant::now() + SAVE_STALL;
-        saving.size = saving.size.saturating_add(bytes.len() as u64);
-        saving.is_empty &= bytes.iter().all(|&byte| byte == 0);
-        let written = match saving.size > limit {
-            true => Err(io::Error::other("it is larger than the container's memory")),
-            false => io::Write::write_all(saving.file.as_file_mut(), &bytes),
-        };
-        if let Err(error) = written {
-            self.end_saving(Err(error.to_string()));
-        }
-    }
-
-    /// Ends saving if all has come.
-    fn settle_saving(&mut self) {
-        let Some(saving) = self.running.as_ref().and_then(|running| running.saving.as_ref()) else {
-            return;
-        };
-        if saving.from.is_some() {
-            return;
-        }
-        match &saving.ended {
-            Some(ContainerExit::Code(0)) => self.end_saving(Ok(())),
-            Some(exit) => {
-                let why = reason(exit, &[]);
-                self.end_saving(Err(why));
-            }
-            None => {}
-        }
-    }
-
-    /// Puts the layer into its place, unless something went wrong; then the container keeps what it had before it was started.
-    pub(super) fn end_saving(&mut self, result: Result<(), String>) {
-        let Some(running) = &mut self.running else { return };
-        let Some(saving) = running.saving.take() else {
-            return;
-        };
-        // The clone has done what it was kept for.
-        let _ = running.vmm.kill(super::KILL);
-        let layer = self.record.layer();
-        let placed = result.and_then(|()| {
-            if saving.is_empty {
-                return match std::fs::remove_file(&layer) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.to_string()),
-                    _ => Ok(()),
-                };
-            }
-            saving
-                .file
-                .persist(&layer)
-                .map(drop)
-                .map_err(|error| error.error.to_string())
-        });
-        if let Err(why) = placed {
-            self.note_unsaved(&why);
-        }
-    }
-
-    /// Has what the container has written brought to its storage: the machine's memory goes with its clone.
-    fn begin_sync(&mut self) {
-        let Some(running) = &mut self.running else { return };
-        let begin = |running: &mut Running| -> Result<(), EngineError> {
-            let process = Self::free_number(running)
-                .ok_or_else(|| EngineError::Refused("its container has too many processes".into()))?;
-            let null = null()?;
-            let streams = [null.as_fd(), null.as_fd(), null.as_fd()];
-            running.vmm.help(process, &Helper::Sync, streams)?;
-            running.processes.insert(process, Purpose::Sync);
-            running.syncing = Some(Instant::now() + SYNC_MAX);
-            Ok(())
-        };
-        if let Err(error) = begin(running) {
-            self.note_unsaved(&error.to_string());
-        }
-    }
-
-    pub(super) fn end_sync(&mut self, result: Result<(), String>) {
-        let Some(running) = &mut self.running else { return };
-        if running.syncing.take().is_none() {
-            return;
-        }
-        match result {
-            // The clone has done what it was kept for.
-            Ok(()) => drop(running.vmm.kill(super::KILL)),
-            Err(why) => {
-                self.record.state.error =
-                    format!("what it has written last may not be on its storage: {why}");
-                let _ = running.vmm.kill(super::KILL);
-            }
-        }
-    }
-
-    fn note_unsaved(&mut self, why: &str) {
-        self.record.state.error = format!("what it has written to its files is lost: {why}");
-        if let Some(running) = &mut self.running {
-            let _ = running.vmm.kill(super::KILL);
-        }
-    }
-
-    /// Begins a health check that is due, ends one that takes too long.
-    pub(super) fn check_health(&mut self, now: Instant) {
-        let paused = self.record.state.status == Status::Paused;
-        let Some(running) = self
-            .running
-            .as_mut()
-            .filter(|running| running.exit.is_none() && !paused)
-        else {
-            return;
-        };
-        let Some(checks) = running.checks.as_mut().filter(|checks| now >= checks.due()) else {
-            return;
-        };
-        if let Some(check) = &mut checks.current {
-            if check.timed_out {
-                // Killed, and still there: its end will come, or that of the container.
-                check.deadline = now + Duration::from_secs(3600);
-            }
-            check.timed_out = true;
-            let _ = running.vmm.signal_process(check.process, super::KILL);
-            return;
-        }
-        let spec = checks.spec(&self.record.config);
-        let begin = |running: &mut Running| -> Option<()> {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC).ok()?;
-            let null = null().ok()?;
-            let process = Self::free_number(running)?;
-            running
-                .vmm
-                .exec(process, &spec, [null.as_fd(), write.as_fd(), write.as_fd()])
-                .ok()?;
-            running.processes.insert(process, Purpose::Check);
-            running.checks.as_mut()?.begin(process, read);
-            Some(())
-        };
-        if begin(running).is_none()
-            && let Some(checks) = &mut running.checks
-        {
-            checks.next = now + Duration::from_secs(1);
-        }
-    }
-
-    fn take_check_output(&mut self) {
-        let check = self
-            .running
-            .as_mut()
-            .and_then(|running| running.checks.as_mut()?.current.as_mut());
-        let Some(check) = check else { return };
-        let Some(output) = &check.output else { return };
-        let mut bytes = Vec::with_capacity(4096);
-        match rustix::io::read(output, rustix::buffer::spare_capacity(&mut bytes)) {
-            Ok(count) if count > 0 => check.take(&bytes),
-            Err(Errno::INTR | Errno::AGAIN) => {}
-            Ok(_) | Err(_) => check.output = None,
-        }
-    }
-
-    fn end_check(&mut self, exit: &ContainerExit) {
-        // What it wrote last is in the pipe: its writers have gone.
-        while self
-            .running
-            .as_ref()
-            .and_then(|running| running.checks.as_ref()?.current.as_ref())
-            .is_some_and(|check| check.output.is_some())
-        {
-            self.take_check_output();
-        }
-        let Some(checks) = self.running.as_mut().and_then(|running| running.checks.as_mut()) else {
-            return;
-        };
-        let timed_out = checks.current.as_ref().is_some_and(|check| check.timed_out);
-        let code = if timed_out {
-            -1
-        } else {
-            i32::from(exit.shell_status())
-        };
-        let same = checks.end(code);
-        let health = checks.health.clone();
-        let status = health.status.clone();
-        self.change(|state| state.health = Some(health));
-        if !same {
-            self.containers
-                .tell(&self.record, &format!("health_status: {status}"), &[]);
-        }
     }
 }

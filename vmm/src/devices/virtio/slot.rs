@@ -60,28 +60,39 @@ pub enum SlotState {
 pub enum Slot {
     /// Control connection.
     Console(Arc<Mutex<Transport<Console>>>),
-    /// Disk, and the file that it lies on.
-    Block(Arc<Mutex<Transport<Block>>>, PathBuf),
+    /// Disk, and the file that it lies on; none if that is a clone's own.
+    Block(Arc<Mutex<Transport<Block>>>, Option<PathBuf>),
     /// Entropy.
     Entropy(Arc<Mutex<Transport<Entropy>>>),
     /// Shared directories.
     Fs(Arc<Mutex<Transport<Fs>>>),
-    /// A disk of a clone's own.
-    Storage(Arc<Mutex<Transport<Block>>>),
 }
 
 /// What a slot is made with.
 pub enum SlotBackend {
     /// Control connection.
     Console(StreamBackend),
-    /// Disk.
-    Block(FileBackend, PathBuf),
+    /// Disk, and the file that it lies on; none if that is a clone's own: see [`FileBackend::storage`].
+    Block(FileBackend, Option<PathBuf>),
     /// Entropy.
     Entropy,
     /// Shared directories.
     Fs(ShareBackend),
-    /// A disk of a clone's own: see [`FileBackend::storage`].
-    Storage(FileBackend),
+}
+
+/// What the slots of a clone are opened from: each takes what is its own.
+#[derive(Default)]
+pub struct SlotSources<'a> {
+    /// The host's side of the control connection.
+    pub console: Option<StreamBackend>,
+    /// The connection with a share server; without it nothing is shared.
+    pub share: Option<ShareBackend>,
+    /// The file of its storage; without it storage reads as zeros and takes no write.
+    pub storage: Option<File>,
+    /// Files for the disks in order, instead of those that they lay on.
+    pub disks: std::vec::IntoIter<PathBuf>,
+    /// By slot, what [`SlotState::open_shared`] has opened.
+    pub shared: &'a [Option<FileBackend>],
 }
 
 fn lock<D>(device: &Mutex<Transport<D>>) -> MutexGuard<'_, Transport<D>> {
@@ -112,10 +123,6 @@ macro_rules! on_transport {
                 let mut $transport = lock(device);
                 $action
             }
-            Slot::Storage(device) => {
-                let mut $transport = lock(device);
-                $action
-            }
         }
     };
 }
@@ -141,10 +148,6 @@ impl Slot {
             ),
             SlotBackend::Entropy => Self::Entropy(shared(Transport::new(Entropy, memory, line)?)),
             SlotBackend::Fs(backend) => Self::Fs(shared(Transport::new(Fs::new(backend), memory, line)?)),
-            SlotBackend::Storage(backend) => {
-                let device = Block::new(backend, serial(index));
-                Self::Storage(shared(Transport::new(device, memory, line)?))
-            }
         })
     }
 
@@ -165,11 +168,12 @@ impl Slot {
                 Self::Console(shared(Transport::from_state(device, memory, line, transport)?))
             }
             (
-                SlotBackend::Block(backend, path),
+                SlotBackend::Block(backend, path @ Some(_)),
                 SlotState::Block {
                     transport, device, ..
                 },
-            ) => {
+            )
+            | (SlotBackend::Block(backend, path @ None), SlotState::Storage { transport, device }) => {
                 let device = Block::from_state(backend, serial(index), device);
                 Self::Block(
                     shared(Transport::from_state(device, memory, line, transport)?),
@@ -182,10 +186,6 @@ impl Slot {
             (SlotBackend::Fs(backend), SlotState::Fs { transport, device }) => {
                 let device = Fs::from_state(backend, device);
                 Self::Fs(shared(Transport::from_state(device, memory, line, transport)?))
-            }
-            (SlotBackend::Storage(backend), SlotState::Storage { transport, device }) => {
-                let device = Block::from_state(backend, serial(index), device);
-                Self::Storage(shared(Transport::from_state(device, memory, line, transport)?))
             }
             _ => return Err(DeviceError::State("virtio")),
         })
@@ -203,11 +203,15 @@ impl Slot {
                 }
             }
             Self::Block(device, path) => {
-                let device = lock(device);
-                SlotState::Block {
-                    transport: device.state(),
-                    device: device.device().state(),
-                    path: path.clone(),
+                let locked = lock(device);
+                let (transport, device) = (locked.state(), locked.device().state());
+                match path.clone() {
+                    Some(path) => SlotState::Block {
+                        transport,
+                        device,
+                        path,
+                    },
+                    None => SlotState::Storage { transport, device },
                 }
             }
             Self::Entropy(device) => SlotState::Entropy {
@@ -216,13 +220,6 @@ impl Slot {
             Self::Fs(device) => {
                 let device = lock(device);
                 SlotState::Fs {
-                    transport: device.state(),
-                    device: device.device().state(),
-                }
-            }
-            Self::Storage(device) => {
-                let device = lock(device);
-                SlotState::Storage {
                     transport: device.state(),
                     device: device.device().state(),
                 }
@@ -268,7 +265,7 @@ impl Slot {
         match self {
             Self::Console(device) => lock(device).device().waits_to_send(),
             Self::Fs(device) => lock(device).device().waits_to_send(),
-            Self::Block(..) | Self::Entropy(_) | Self::Storage(_) => false,
+            Self::Block(..) | Self::Entropy(_) => false,
         }
     }
 
@@ -278,7 +275,7 @@ impl Slot {
         match self {
             Self::Console(device) => lock(device).device().backend().descriptor(),
             Self::Fs(device) => lock(device).device().backend().descriptor(),
-            Self::Block(..) | Self::Entropy(_) | Self::Storage(_) => None,
+            Self::Block(..) | Self::Entropy(_) => None,
         }
     }
 }
@@ -301,35 +298,31 @@ impl SlotState {
         }
     }
 
-    /// The backend that a clone needs in this slot. `console` is taken by the slot of the control connection, `share` by that of
-    /// shared directories and `storage` by that of storage, which do without if there is none; `disks` by disks in order, instead of
-    /// the files that they lay on; `shared` is what [`SlotState::open_shared`] opened.
+    /// The backend that a clone needs in this slot; none if this is a second control connection.
     ///
     /// # Errors
     /// [`BackendError`] for a disk.
     pub fn open_backend(
         &self,
-        console: &mut Option<StreamBackend>,
-        share: &mut Option<ShareBackend>,
-        storage: &mut Option<File>,
-        disks: &mut dyn Iterator<Item = PathBuf>,
-        shared: Option<&FileBackend>,
+        index: usize,
+        sources: &mut SlotSources<'_>,
     ) -> Result<Option<SlotBackend>, BackendError> {
         Ok(match self {
-            Self::Console { .. } => console.take().map(SlotBackend::Console),
+            Self::Console { .. } => sources.console.take().map(SlotBackend::Console),
             Self::Block { device, path, .. } => {
-                let other = disks.next();
-                let backend = match (&other, shared) {
-                    (None, Some(shared)) => shared.clone(),
+                let other = sources.disks.next();
+                let backend = match (&other, sources.shared.get(index)) {
+                    (None, Some(Some(shared))) => shared.clone(),
                     _ => FileBackend::open_for_clone(other.as_ref().unwrap_or(path), device)?,
                 };
-                Some(SlotBackend::Block(backend, other.unwrap_or_else(|| path.clone())))
+                let path = other.unwrap_or_else(|| path.clone());
+                Some(SlotBackend::Block(backend, Some(path)))
             }
             Self::Entropy { .. } => Some(SlotBackend::Entropy),
-            Self::Fs { .. } => Some(SlotBackend::Fs(share.take().unwrap_or_default())),
+            Self::Fs { .. } => Some(SlotBackend::Fs(sources.share.take().unwrap_or_default())),
             Self::Storage { device, .. } => {
-                let backend = FileBackend::storage(storage.take(), device.sectors)?;
-                Some(SlotBackend::Storage(backend))
+                let backend = FileBackend::storage(sources.storage.take(), device.sectors)?;
+                Some(SlotBackend::Block(backend, None))
             }
         })
     }

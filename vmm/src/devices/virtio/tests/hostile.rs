@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::driver::{BUFFERS, Driver, MEMORY, Memory, line, set, set_up};
 use crate::devices::virtio::block::FileBackend;
 use crate::devices::virtio::fs::ShareBackend;
-use crate::devices::virtio::slot::{Slot, SlotBackend};
+use crate::devices::virtio::slot::{Slot, SlotBackend, SlotSources};
 use crate::devices::virtio::{console, queue};
 
 const DISK_SECTORS: u64 = 8;
@@ -151,7 +151,7 @@ impl Rig {
         let disk = tempfile::NamedTempFile::new().unwrap();
         disk.as_file().set_len(DISK_SECTORS * 512).unwrap();
         let backend = FileBackend::open(disk.path(), read_only).unwrap();
-        let backend = SlotBackend::Block(backend, disk.path().into());
+        let backend = SlotBackend::Block(backend, Some(disk.path().into()));
         let slot = Slot::new(backend, 2, memory.guest.clone(), line()).unwrap();
         Self {
             memory,
@@ -170,7 +170,7 @@ impl Rig {
         }
         let file = disk.as_ref().map(|disk| disk.reopen().unwrap());
         let backend = FileBackend::storage(file, 1 << 31).unwrap();
-        let slot = Slot::new(SlotBackend::Storage(backend), 4, memory.guest.clone(), line()).unwrap();
+        let slot = Slot::new(SlotBackend::Block(backend, None), 4, memory.guest.clone(), line()).unwrap();
         Self {
             memory,
             slot,
@@ -183,25 +183,20 @@ impl Rig {
         match self.slot {
             Slot::Console(_) => 4,
             Slot::Fs(_) => 2,
-            Slot::Block(..) | Slot::Entropy(_) | Slot::Storage(_) => 1,
+            Slot::Block(..) | Slot::Entropy(_) => 1,
         }
     }
 
     fn save_and_restore(&mut self) {
         let state = self.slot.state();
-        let mut storage = self.disk.as_ref().map(|disk| disk.reopen().unwrap());
         let (backend, host) = console::connection().unwrap();
         host.set_nonblocking(true).unwrap();
-        let backend = state
-            .open_backend(
-                &mut Some(backend),
-                &mut None,
-                &mut storage,
-                &mut std::iter::empty(),
-                None,
-            )
-            .unwrap()
-            .unwrap();
+        let mut sources = SlotSources {
+            console: Some(backend),
+            storage: self.disk.as_ref().map(|disk| disk.reopen().unwrap()),
+            ..SlotSources::default()
+        };
+        let backend = state.open_backend(0, &mut sources).unwrap().unwrap();
         self.slot = Slot::from_state(backend, 0, self.memory.guest.clone(), line(), &state)
             .expect("what was saved can be restored");
         assert_eq!(
@@ -369,7 +364,7 @@ fn endless_work_leaves_room_for_a_pause() {
     disk.as_file().set_len(u64::from(REQUESTS) * 512).unwrap();
     let backend = FileBackend::open(disk.path(), true).unwrap();
     let slot = Slot::new(
-        SlotBackend::Block(backend, disk.path().into()),
+        SlotBackend::Block(backend, Some(disk.path().into())),
         2,
         memory.guest.clone(),
         line(),

@@ -12,7 +12,7 @@ use proptest::sample::Index;
 use super::driver::{BUFFERS, Driver, MEMORY, Memory, Part, line};
 use crate::devices::virtio::block::FileBackend;
 use crate::devices::virtio::console;
-use crate::devices::virtio::slot::{Slot, SlotBackend, SlotState};
+use crate::devices::virtio::slot::{Slot, SlotBackend, SlotSources, SlotState};
 
 /// Cuts `total` bytes from `at` into parts.
 fn cut(mut at: u64, total: usize, cuts: &[Index], writable: bool) -> Vec<Part> {
@@ -31,16 +31,11 @@ fn cut(mut at: u64, total: usize, cuts: &[Index], writable: bool) -> Vec<Part> {
 fn restored(slot: &Slot, memory: &Memory) -> (Slot, UnixStream) {
     let state = slot.state();
     let (backend, host) = console::connection().unwrap();
-    let backend = state
-        .open_backend(
-            &mut Some(backend),
-            &mut None,
-            &mut None,
-            &mut std::iter::empty(),
-            None,
-        )
-        .unwrap()
-        .unwrap();
+    let mut sources = SlotSources {
+        console: Some(backend),
+        ..SlotSources::default()
+    };
+    let backend = state.open_backend(2, &mut sources).unwrap().unwrap();
     let slot = Slot::from_state(backend, 2, memory.guest.clone(), line(), &state).unwrap();
     for queue in slot.resume() {
         slot.process(queue);
@@ -88,7 +83,7 @@ proptest! {
         let shown = 2 * SECTORS as u64;
         let backend = FileBackend::open(disk.path(), true).unwrap().with_capacity(disk.path(), Some(shown)).unwrap();
         let mut slot =
-            Slot::new(SlotBackend::Block(backend, disk.path().into()), 2, memory.guest.clone(), line()).unwrap();
+            Slot::new(SlotBackend::Block(backend, Some(disk.path().into())), 2, memory.guest.clone(), line()).unwrap();
         let mut driver = Driver::new(&slot, 1 << 9, false, 1, 64);
         let bytes = sectors * 512;
         for length in [SECTORS, other_sectors] {
@@ -156,7 +151,7 @@ proptest! {
         disk.as_file().set_len(SECTORS as u64 * 512).unwrap();
         let backend = FileBackend::open(disk.path(), false).unwrap();
         let mut slot =
-            Slot::new(SlotBackend::Block(backend, disk.path().into()), 2, memory.guest.clone(), line()).unwrap();
+            Slot::new(SlotBackend::Block(backend, Some(disk.path().into())), 2, memory.guest.clone(), line()).unwrap();
         let mut driver = Driver::new(&slot, 1 << 9, event_idx, 1, 64);
         let mut model = vec![0u8; SECTORS * 512];
         let (header, data) = (BUFFERS, BUFFERS + 64);

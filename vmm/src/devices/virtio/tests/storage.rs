@@ -32,7 +32,7 @@ impl Rig {
     fn new(file: Option<File>) -> Self {
         let memory = Memory::new();
         let backend = FileBackend::storage(file, SHOWN).unwrap();
-        let slot = Slot::new(SlotBackend::Storage(backend), 4, memory.guest.clone(), line()).unwrap();
+        let slot = Slot::new(SlotBackend::Block(backend, None), 4, memory.guest.clone(), line()).unwrap();
         let driver = Driver::new(&slot, FEATURES, false, 1, 64);
         Self { memory, slot, driver }
     }
@@ -166,7 +166,7 @@ fn a_disk_that_is_only_read_discards_nothing() {
     disk.as_file().write_all_at(&[7; 4096], 0).unwrap();
     let memory = Memory::new();
     let backend = FileBackend::open(disk.path(), true).unwrap();
-    let backend = SlotBackend::Block(backend, disk.path().into());
+    let backend = SlotBackend::Block(backend, Some(disk.path().into()));
     let slot = Slot::new(backend, 3, memory.guest.clone(), line()).unwrap();
     let driver = Driver::new(&slot, 1 << 9, false, 1, 64);
     let mut rig = Rig { memory, slot, driver };

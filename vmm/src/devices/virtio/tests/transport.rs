@@ -151,7 +151,7 @@ fn configuration_is_read_at_any_width_and_place() {
     disk.as_file().set_len(0x1234 * 512).unwrap();
     let backend = crate::devices::virtio::block::FileBackend::open(disk.path(), true).unwrap();
     let slot = Slot::new(
-        SlotBackend::Block(backend, disk.path().into()),
+        SlotBackend::Block(backend, Some(disk.path().into())),
         2,
         memory.guest.clone(),
         line(),

@@ -1,6 +1,10 @@
 //! Making templates, seen from who needs one: the machine of a template is booted, and saved, in a jailed process that a
 //! `picovm-vmm make-template` starts. What it writes is looked at here before it becomes a template.
 
+mod jailed;
+mod process;
+mod supervision;
+
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -15,13 +19,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::confinement::Confinement;
 use crate::error::EngineError;
-use crate::maker_process::{END_MAX, MAKE_MAX};
 use crate::messages;
 use crate::pool::{find_program, wait_readable};
 use crate::warming::Until;
 
+pub use process::serve;
+
 /// The first argument of `picovm-vmm` for this.
 pub const MAKE_TEMPLATE: &str = "make-template";
+/// How long a process may take in all, saving included, before it is killed.
+const MAKE_MAX: Duration = Duration::from_secs(180);
+/// How long it may take to end when it has said that it is done.
+const END_MAX: Duration = Duration::from_secs(5);
+/// How long after the time that a process has its starter may take to say that it has killed it.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// What a process is to do, in the order in which a template of an image comes about. The descriptors of the files that it
 /// fills come with it.
@@ -83,9 +94,6 @@ pub(crate) enum FromMaker {
     /// The process has ended, and its files are written, or are not for this reason.
     Ended(Result<(), String>),
 }
-
-/// How long after the time that a process has its starter may take to say that it has killed it.
-const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
     EngineError::host(attempted)
