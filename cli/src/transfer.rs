@@ -30,7 +30,10 @@ pub fn pull_first(name: &str) -> anyhow::Result<()> {
         .status()
         .with_context(|| format!("cannot execute {}", program.display()))?;
     if !status.success() {
-        bail!("the image {name} could not be fetched");
+        bail!(
+            "the image {name} could not be pulled. `picovm images` lists those that there are; `picovm load` and `picovm image build` \
+             make one without a registry"
+        );
     }
     Ok(())
 }

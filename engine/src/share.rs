@@ -28,8 +28,8 @@ pub struct Shared {
     pub fill: bool,
 }
 
-/// Memory of a share server in bytes: what the kernel keeps of each file that is open, 1.8 kB with what it keeps itself where that is
-/// ext4, twice that elsewhere perhaps; and the page cache of what it writes, which the kernel gives up when it must. A server that
+/// Memory of a share server in bytes: what the kernel keeps of each file that is open, about 1.8 kB on ext4 with the server's own record of
+/// it, perhaps twice that on other file systems; and the page cache of what it writes, which the kernel gives up when it must. A server that
 /// took more would be killed: before that comes the limit of open files, which is an error of the container's program.
 const MEMORY: u64 = 512 << 20;
 /// Files that it may have open: one for each that the guest's kernel remembers.

@@ -76,8 +76,11 @@ pub(crate) fn exit_now(status: u8) -> ! {
 /// how the kernel overcommits memory. For either it opens files (mallopt(3)). Blocks of 128 KiB and more are mappings of their own.
 pub(crate) fn allocate_without_files() {
     // SAFETY: takes plain integers; the allocator locks what it changes by them.
-    let set =
-        unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) != 0 && libc::mallopt(libc::M_TRIM_THRESHOLD, -1) != 0 };
+    let set = unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1) != 0
+            && libc::mallopt(libc::M_TRIM_THRESHOLD, -1) != 0
+            && libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) != 0
+    };
     debug_assert!(set, "mallopt refuses only parameters that it does not know");
 }
 

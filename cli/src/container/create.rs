@@ -8,7 +8,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use chrono::Utc;
 use picovm_engine::containers::{
     ContainerConfig, Containers, LogOptions, Record, RestartPolicy, Text, machine_memory,
@@ -109,11 +109,7 @@ fn find_image(store: &Store, options: &CreateOptions) -> anyhow::Result<Image> {
         (_, Pull::Always) => transfer::pull_first(name)?,
         (Err(EngineError::NoImage { .. }), Pull::Missing) => {
             eprintln!("picovm: there is no image named {name} here: pulling it");
-            transfer::pull_first(name).map_err(|error| {
-                anyhow!(
-                    "{error}: `picovm images` lists those that there are, and `picovm load` and `picovm image build` make one"
-                )
-            })?;
+            transfer::pull_first(name)?;
         }
         (found, _) => return Ok(found?),
     }

@@ -57,6 +57,8 @@ const UNFINISHED: &str = ".unfinished-";
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
 const NAME: &str = "name";
+/// Of all containers: [`Containers::lock_all`].
+const LOCK: &str = ".lock";
 const RUNNING_LOCK: &str = "running.lock";
 const STORAGE: &str = "storage";
 
@@ -79,7 +81,12 @@ impl Store {
     pub fn containers(&self) -> Result<Containers, EngineError> {
         // Logs and sockets of containers are nobody else's.
         store::make_private(&self.containers_directory())?;
-        Ok(Containers { store: self.clone() })
+        let containers = Containers { store: self.clone() };
+        if !containers.names().are_indexed() {
+            let _lock = containers.lock_all()?;
+            containers.names().index()?;
+        }
+        Ok(containers)
     }
 }
 
@@ -107,8 +114,8 @@ impl Containers {
         let root = self.store.containers_directory();
         let unfinished = root.join(format!("{UNFINISHED}{}", config.id));
         let directory = root.join(&config.id);
-        let _lock = Lock::take(&root.join(".lock"))?;
-        let names = self.index()?;
+        let _lock = self.lock_all()?;
+        let names = self.names();
         let name = Self::free_name(&names, name)?;
         fs::DirBuilder::new()
             .mode(0o700)
@@ -142,8 +149,13 @@ impl Containers {
         Ok(record)
     }
 
-    fn index(&self) -> Result<Names, EngineError> {
-        Names::open(self.store.containers_directory())
+    fn names(&self) -> Names {
+        Names::of(self.store.containers_directory())
+    }
+
+    /// The lock of what changes names, and makes containers.
+    fn lock_all(&self) -> Result<Lock, EngineError> {
+        Lock::take(&self.store.containers_directory().join(LOCK))
     }
 
     fn free_name(names: &Names, wanted: Option<&str>) -> Result<String, EngineError> {
@@ -237,9 +249,11 @@ impl Containers {
         let none = || EngineError::NoContainer {
             name: name.to_owned(),
         };
-        let id = match self.index()?.id(name.trim_start_matches('/')) {
+        let root = self.store.containers_directory();
+        let whole = Some(name).filter(|name| is_id(name) && root.join(name).is_dir());
+        let named = || self.names().id(name.trim_start_matches('/'));
+        let id = match whole.map(str::to_owned).or_else(named) {
             Some(id) => id,
-            // A whole id is the beginning of itself alone.
             None => {
                 let ids = self.ids()?;
                 let mut matching = ids.iter().filter(|id| !name.is_empty() && id.starts_with(name));
@@ -334,11 +348,11 @@ impl Containers {
     /// [`EngineError::ContainerName`], [`EngineError::NameTaken`], [`EngineError::Store`].
     pub fn rename(&self, record: &mut Record, name: &str) -> Result<(), EngineError> {
         names::check(name)?;
-        let _lock = Lock::take(&self.store.containers_directory().join(".lock"))?;
+        let _lock = self.lock_all()?;
         if record.name == name {
             return Ok(());
         }
-        let names = self.index()?;
+        let names = self.names();
         let name = Self::free_name(&names, Some(name))?;
         names.add(&name, record.id())?;
         store::replace(&record.file(NAME), name.as_bytes())?;
@@ -431,12 +445,20 @@ impl Containers {
             .join(format!("{UNFINISHED}{}", record.id()));
         fs::rename(&record.directory, &gone).map_err(EngineError::store("remove", &record.directory))?;
         self.tell(record, "destroy", &[]);
-        {
-            // Between a look at the name's link and its removal it must not become another's.
-            let _lock = Lock::take(&self.store.containers_directory().join(".lock"))?;
-            self.index()?.remove(&record.name, record.id())?;
-        }
+        self.forget_name(&gone, record.id());
         store::remove(&gone)
+    }
+
+    /// Removes the link of a removed container's name, which may be another than when its command began. A link that stays counts for
+    /// nothing, so nobody waits for this.
+    fn forget_name(&self, gone: &Path, id: &str) {
+        // Between a look at the link and its removal it must not become another's.
+        let lock = Lock::try_take(&self.store.containers_directory().join(LOCK));
+        if let (Ok(Some(_lock)), Ok(name)) = (lock, fs::read_to_string(gone.join(NAME)))
+            && let Err(error) = self.names().remove(&name, id)
+        {
+            tracing::debug!(%error, "the link of a name stays");
+        }
     }
 
     /// Waits until a container that is ending has no monitor any more, for a moment at most.
@@ -464,7 +486,7 @@ impl Containers {
     pub fn sweep(&self) {
         let root = self.store.containers_directory();
         // Whoever creates one holds the lock.
-        if let Ok(Some(_lock)) = Lock::try_take(&root.join(".lock")) {
+        if let Ok(Some(_lock)) = Lock::try_take(&root.join(LOCK)) {
             store::remove_leftovers(&root, UNFINISHED);
         }
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use super::{NAME, is_id};
+use super::{NAME, UNFINISHED, is_id};
 use crate::error::EngineError;
 use crate::store;
 
@@ -52,9 +52,6 @@ pub(super) fn random(bits: u32) -> String {
 
 /// Directory of the index, beside those of the containers.
 const INDEX: &str = ".names";
-/// Of an index that is being made.
-const UNFINISHED_INDEX: &str = ".names.new";
-
 /// Which container has which name: a symbolic link of each name to an id, so that a name is found without reading all containers.
 ///
 /// A container's own file says what it is called. A link that is there before its container is, or still there after it or after its
@@ -66,24 +63,28 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// Those of the containers in this directory. An index that is not there is made.
-    pub(super) fn open(root: PathBuf) -> Result<Self, EngineError> {
-        let names = Self { root };
-        if !names.index().is_dir() {
-            names.make_index()?;
-        }
-        Ok(names)
+    /// Those of the containers in this directory.
+    pub(super) fn of(root: PathBuf) -> Self {
+        Self { root }
     }
 
-    fn index(&self) -> PathBuf {
+    fn directory(&self) -> PathBuf {
         self.root.join(INDEX)
     }
 
-    /// Two that make it at once make the same; one of them is kept.
-    fn make_index(&self) -> Result<(), EngineError> {
+    /// Whether there is an index.
+    pub(super) fn are_indexed(&self) -> bool {
+        self.directory().is_dir()
+    }
+
+    /// Makes an index if there is none.
+    pub(super) fn index(&self) -> Result<(), EngineError> {
         let failed = || EngineError::store("make the index of names in", &self.root);
+        if self.are_indexed() {
+            return Ok(());
+        }
         let made = tempfile::Builder::new()
-            .prefix(UNFINISHED_INDEX)
+            .prefix(UNFINISHED)
             .tempdir_in(&self.root)
             .map_err(failed())?;
         for entry in fs::read_dir(&self.root).map_err(failed())?.flatten() {
@@ -94,20 +95,15 @@ impl Names {
                 symlink(&id, made.path().join(name)).map_err(failed())?;
             }
         }
-        match fs::rename(made.path(), self.index()) {
-            Ok(()) => {
-                let _ = made.keep();
-                Ok(())
-            }
-            Err(_) if self.index().is_dir() => Ok(()),
-            Err(error) => Err(failed()(error)),
-        }
+        fs::rename(made.path(), self.directory()).map_err(failed())?;
+        let _ = made.keep();
+        Ok(())
     }
 
     /// Id of the container that has this name.
     pub(super) fn id(&self, name: &str) -> Option<String> {
         check(name).ok()?;
-        let target = fs::read_link(self.index().join(name)).ok()?;
+        let target = fs::read_link(self.directory().join(name)).ok()?;
         let id = target
             .into_os_string()
             .into_string()
@@ -119,7 +115,7 @@ impl Names {
 
     /// Notes that a container will have this name, which nobody has: before it has it.
     pub(super) fn add(&self, name: &str, id: &str) -> Result<(), EngineError> {
-        let path = self.index().join(name);
+        let path = self.directory().join(name);
         let write = || match symlink(id, &path) {
             // Of one that is gone, or is called otherwise now.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -133,7 +129,7 @@ impl Names {
 
     /// Forgets that this container had this name.
     pub(super) fn remove(&self, name: &str, id: &str) -> Result<(), EngineError> {
-        let path = self.index().join(name);
+        let path = self.directory().join(name);
         match fs::read_link(&path) {
             Ok(target) if target == Path::new(id) => store::remove(&path),
             // Given to another meanwhile.

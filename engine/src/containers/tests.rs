@@ -76,7 +76,7 @@ fn a_container_is_found_by_its_name_its_id_and_the_beginning_of_it() {
 
 #[test]
 fn a_name_is_free_again_when_its_container_is_gone_or_called_otherwise() {
-    let (_directory, containers) = containers();
+    let (directory, containers) = containers();
     let first = containers.create(config(), Some("web")).unwrap();
     let mut second = containers.create(config(), Some("db")).unwrap();
     containers.remove(&first).unwrap();
@@ -84,6 +84,18 @@ fn a_name_is_free_again_when_its_container_is_gone_or_called_otherwise() {
     assert_eq!(containers.find("web").unwrap().id(), second.id());
     let third = containers.create(config(), Some("db")).unwrap();
     assert_eq!(containers.find("db").unwrap().id(), third.id());
+    // Who removes it may have found it by the name before.
+    second.name = "cache".into();
+    containers.remove(&second).unwrap();
+    assert!(!directory.path().join("containers/.names/web").is_symlink());
+}
+
+#[test]
+fn a_whole_id_is_not_the_name_of_another() {
+    let (_directory, containers) = containers();
+    let made = containers.create(config(), None).unwrap();
+    containers.create(config(), Some(made.id())).unwrap();
+    assert_eq!(containers.find(made.id()).unwrap().id(), made.id());
 }
 
 #[test]
@@ -112,9 +124,9 @@ fn an_index_of_names_that_is_gone_is_made_again() {
     let (directory, containers) = containers();
     let made = containers.create(config(), Some("web")).unwrap();
     fs::remove_dir_all(directory.path().join("containers/.names")).unwrap();
-    assert_eq!(containers.find("web").unwrap().id(), made.id());
-    fs::remove_dir_all(directory.path().join("containers/.names")).unwrap();
-    assert!(containers.create(config(), Some("web")).is_err());
+    let again = containers.store.containers().unwrap();
+    assert_eq!(again.find("web").unwrap().id(), made.id());
+    assert!(again.create(config(), Some("web")).is_err());
 }
 
 #[test]

@@ -198,3 +198,23 @@ fn a_file_without_a_name_is_one_that_lost_it_and_gets_none() {
     assert_eq!(fs::metadata(&other).unwrap().nlink(), 1);
     assert_eq!(fs::read_dir(host.path()).unwrap().count(), 1);
 }
+
+#[test]
+fn a_file_that_has_lost_the_name_it_was_found_by_gets_attributes_when_it_is_found_again() {
+    let host = tempfile::tempdir().unwrap();
+    let script = r#"
+        make("/data/first"); link "/data/first", "/data/second" or die $!;
+        my ($moved, $second, $name, $value) = ("/data/moved", "/data/second", "user.a", "b");
+        set($second, $name, $value); unlink "/data/first" or die $!; set($second, $name, $value);
+        rename $second, $moved or die $!; make("/data/third"); rename "/data/third", $second or die $!; set($second, $name, $value);
+        open(my $memory, ">", "/proc/sys/vm/drop_caches") or die $!; print $memory "2"; close $memory; set($moved, $name, $value);
+    "#;
+    let expected = [
+        "set user.a: done",
+        "set user.a: No such file or directory",
+        // A name that was changed is no name that was lost.
+        "set user.a: done",
+        "set user.a: done",
+    ];
+    assert_eq!(perl(host.path(), script), expected);
+}

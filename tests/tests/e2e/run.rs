@@ -340,17 +340,18 @@ fn a_kernel_panic_is_told_with_the_consoles_last_words() {
 
 #[test]
 fn what_no_machine_can_have_is_refused_with_the_range() {
+    let no_image = &["run", "-m", "64m", "--pull", "never", "no-such-image", "true"];
     for (arguments, says) in [
-        (["run", "-m", "0", "debian", "true"], "6m"),
-        (["run", "-m", "5m", "debian", "true"], "6m"),
-        (["run", "-m", "900000g", "debian", "true"], "32 to"),
-        (["run", "-m", "500g", "debian", "true"], "this host has"),
-        (["run", "--cpus", "0", "debian", "true"], "1 to 8"),
-        (["run", "--cpus", "9", "debian", "true"], "1 to 8"),
-        (["run", "-m", "64m", "no-such-image", "true"], "picovm image"),
-        (["run", "-m", "64m", "../escape", "true"], "is not a name"),
+        (&["run", "-m", "0", "debian", "true"][..], "6m"),
+        (&["run", "-m", "5m", "debian", "true"], "6m"),
+        (&["run", "-m", "900000g", "debian", "true"], "32 to"),
+        (&["run", "-m", "500g", "debian", "true"], "this host has"),
+        (&["run", "--cpus", "0", "debian", "true"], "1 to 8"),
+        (&["run", "--cpus", "9", "debian", "true"], "1 to 8"),
+        (no_image, "picovm image"),
+        (&["run", "-m", "64m", "../escape", "true"], "is not a name"),
     ] {
-        let output = picovm(&arguments).output().unwrap();
+        let output = picovm(arguments).output().unwrap();
         assert_eq!(output.status.code(), Some(125), "{arguments:?}");
         assert!(
             stderr(&output).contains(says),

@@ -85,6 +85,8 @@ fn all(how: &str, right: impl Fn(&Attack, i32, &str) -> bool) {
 const THROUGH: i32 = 0;
 const REFUSED: i32 = 1;
 const KILLED: i32 = 2;
+/// Kinds of threads, of a clone and of who makes a template.
+const KINDS: [&str; 5] = ["vcpu", "device", "control", "maker-vcpu", "maker-control"];
 
 #[test]
 fn without_a_jail_every_attack_gets_through() {
@@ -102,7 +104,7 @@ fn the_walls_alone_stop_what_they_are_said_to_stop() {
 
 #[test]
 fn the_whole_jail_stops_every_attack_whatever_the_thread() {
-    for kind in ["vcpu", "device", "control", "maker-vcpu", "maker-control"] {
+    for kind in KINDS {
         all(&format!("whole:{kind}"), |attack, status, said| {
             match attack.stopped_by {
                 StoppedBy::Walls | StoppedBy::Limits => status == REFUSED || status == KILLED,
@@ -117,7 +119,7 @@ fn the_whole_jail_stops_every_attack_whatever_the_thread() {
 fn no_thread_is_killed_for_what_its_heap_does() {
     let _alone = alone();
     let prey = Prey::new();
-    for kind in ["vcpu", "device", "maker-vcpu"] {
+    for kind in KINDS {
         let output = prey.attack(&format!("whole:{kind}"), "heap");
         assert_eq!(output.0, THROUGH, "{kind}: {}", output.1);
     }
