@@ -52,6 +52,11 @@ pub(super) fn random(bits: u32) -> String {
 
 /// Directory of the index, beside those of the containers.
 const INDEX: &str = ".names";
+/// Where a link goes to.
+fn target(id: &str) -> PathBuf {
+    Path::new("..").join(id)
+}
+
 /// Which container has which name: a symbolic link of each name to an id, so that a name is found without reading all containers.
 ///
 /// A container's own file says what it is called. A link that is there before its container is, or still there after it or after its
@@ -92,7 +97,7 @@ impl Names {
                 continue;
             };
             if let Ok(name) = fs::read_to_string(entry.path().join(NAME)) {
-                symlink(&id, made.path().join(name)).map_err(failed())?;
+                symlink(target(&id), made.path().join(name)).map_err(failed())?;
             }
         }
         fs::rename(made.path(), self.directory()).map_err(failed())?;
@@ -104,23 +109,19 @@ impl Names {
     pub(super) fn id(&self, name: &str) -> Option<String> {
         check(name).ok()?;
         let target = fs::read_link(self.directory().join(name)).ok()?;
-        let id = target
-            .into_os_string()
-            .into_string()
-            .ok()
-            .filter(|id| is_id(id))?;
-        let own = fs::read_to_string(self.root.join(&id).join(NAME)).ok()?;
-        (own == name).then_some(id)
+        let id = target.strip_prefix("..").ok()?.to_str()?;
+        let own = is_id(id).then(|| fs::read_to_string(self.root.join(id).join(NAME)).ok())??;
+        (own == name).then(|| id.to_owned())
     }
 
     /// Notes that a container will have this name, which nobody has: before it has it.
     pub(super) fn add(&self, name: &str, id: &str) -> Result<(), EngineError> {
         let path = self.directory().join(name);
-        let write = || match symlink(id, &path) {
+        let write = || match symlink(target(id), &path) {
             // Of one that is gone, or is called otherwise now.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 fs::remove_file(&path)?;
-                symlink(id, &path)
+                symlink(target(id), &path)
             }
             done => done,
         };
@@ -131,7 +132,7 @@ impl Names {
     pub(super) fn remove(&self, name: &str, id: &str) -> Result<(), EngineError> {
         let path = self.directory().join(name);
         match fs::read_link(&path) {
-            Ok(target) if target == Path::new(id) => store::remove(&path),
+            Ok(to) if to == target(id) => store::remove(&path),
             // Given to another meanwhile.
             _ => Ok(()),
         }

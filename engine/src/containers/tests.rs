@@ -104,9 +104,10 @@ fn what_a_killed_command_has_left_of_a_name_counts_for_nothing() {
     let links = directory.path().join("containers/.names");
     let made = containers.create(config(), Some("web")).unwrap();
     // Before the container was there; before the name was; of what is no container.
-    std::os::unix::fs::symlink(Containers::new_id().unwrap(), links.join("db")).unwrap();
-    std::os::unix::fs::symlink(made.id(), links.join("cache")).unwrap();
+    std::os::unix::fs::symlink(format!("../{}", Containers::new_id().unwrap()), links.join("db")).unwrap();
+    std::os::unix::fs::symlink(format!("../{}", made.id()), links.join("cache")).unwrap();
     std::os::unix::fs::symlink("../../etc", links.join("etc")).unwrap();
+    assert!(links.join("web").join(CONFIG).is_file());
     for name in ["db", "cache", "etc", "..", ".names"] {
         assert!(
             matches!(containers.find(name), Err(EngineError::NoContainer { .. })),

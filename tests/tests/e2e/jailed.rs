@@ -238,9 +238,10 @@ pub fn of_nobody(directory: &Path, arguments: &str) -> Command {
     .unwrap();
     std::fs::copy(crate::guest().kernel, at("guest/vmlinux")).unwrap();
     std::fs::copy(crate::guest().initramfs, at("guest/initramfs.cpio")).unwrap();
+    std::fs::create_dir(at("store")).unwrap();
     let copied = Command::new("cp")
         .args(["-rL", "--reflink=auto"])
-        .arg(store().path())
+        .arg(store().path().join("images"))
         .arg(at("store"))
         .status()
         .unwrap();
