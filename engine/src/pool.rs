@@ -73,24 +73,10 @@ impl Pool {
             return Err(EngineError::PoolSize(size));
         }
         let (control, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
-        let mut command = Command::new(find_program()?);
-        match confinement {
-            Confinement::Jailed => {}
-            Confinement::CallsLogged => {
-                command.arg("--seccomp=log");
-            }
-            Confinement::Unconfined => {
-                command.arg("--no-jail");
-            }
-        }
-        let process = command
+        let process = program(None, confinement, theirs)?
             .arg(template.path())
-            // What the caller has in its environment is no business of a process that a guest may take over.
-            .env_clear()
             // One heap for all threads: each further one is memory of every clone, and takes time when a start first needs it.
             .env("MALLOC_ARENA_MAX", "1")
-            .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::null())
             .spawn()
             .map_err(failed("start picovm-vmm, the fork server of a pool"))?;
         let mut pool = Self {
@@ -311,8 +297,30 @@ pub(crate) fn wait_readable(source: &impl AsFd, timeout: Duration) -> io::Result
     }
 }
 
+/// `picovm-vmm` for this work, controlled by this connection.
+pub(crate) fn program(
+    work: Option<&str>,
+    confinement: Confinement,
+    control: UnixStream,
+) -> Result<Command, EngineError> {
+    let confined = match confinement {
+        Confinement::Jailed => None,
+        Confinement::CallsLogged => Some("--seccomp=log"),
+        Confinement::Unconfined => Some("--no-jail"),
+    };
+    let mut command = Command::new(find_program()?);
+    command
+        .args(work)
+        .args(confined)
+        // What the caller has in its environment is no business of a process that a guest may take over.
+        .env_clear()
+        .stdin(OwnedFd::from(control))
+        .stdout(Stdio::null());
+    Ok(command)
+}
+
 /// Looks in `PICOVM_VMM` if it is set, else beside the running program and where an installation puts it.
-pub(crate) fn find_program() -> Result<PathBuf, EngineError> {
+fn find_program() -> Result<PathBuf, EngineError> {
     let places = match std::env::var_os(VMM_VARIABLE).filter(|path| !path.is_empty()) {
         Some(path) => vec![PathBuf::from(path)],
         None => std::env::current_exe()

@@ -153,9 +153,13 @@ impl Containers {
         Names::of(self.store.containers_directory())
     }
 
+    fn lock_path(&self) -> PathBuf {
+        self.store.containers_directory().join(LOCK)
+    }
+
     /// The lock of what changes names, and makes containers.
     fn lock_all(&self) -> Result<Lock, EngineError> {
-        Lock::take(&self.store.containers_directory().join(LOCK))
+        Lock::take(&self.lock_path())
     }
 
     fn free_name(names: &Names, wanted: Option<&str>) -> Result<String, EngineError> {
@@ -317,15 +321,15 @@ impl Containers {
         if !state.status.is_live() {
             return Ok(state);
         }
-        let _lock = match locked {
-            true => None,
-            false => match Lock::try_share(&record.file(RUNNING_LOCK))? {
-                None => return Ok(state),
-                shared => shared,
-            },
-        };
-        // Its monitor may have ended between the two looks, as it should.
-        state = read_json(&path)?;
+        let _shared;
+        if !locked {
+            let Some(lock) = Lock::try_share(&record.file(RUNNING_LOCK))? else {
+                return Ok(state);
+            };
+            _shared = lock;
+            // Its monitor may have ended between the two looks, as it should.
+            state = read_json(&path)?;
+        }
         if state.status.is_live() {
             let changed = fs::metadata(&path).and_then(|metadata| metadata.modified()).ok();
             state.status = Status::Exited;
@@ -453,7 +457,7 @@ impl Containers {
     /// nothing, so nobody waits for this.
     fn forget_name(&self, gone: &Path, id: &str) {
         // Between a look at the link and its removal it must not become another's.
-        let lock = Lock::try_take(&self.store.containers_directory().join(LOCK));
+        let lock = Lock::try_take(&self.lock_path());
         if let (Ok(Some(_lock)), Ok(name)) = (lock, fs::read_to_string(gone.join(NAME)))
             && let Err(error) = self.names().remove(&name, id)
         {
@@ -484,10 +488,9 @@ impl Containers {
 
     /// Removes what creating and removing containers has left when it was interrupted.
     pub fn sweep(&self) {
-        let root = self.store.containers_directory();
         // Whoever creates one holds the lock.
-        if let Ok(Some(_lock)) = Lock::try_take(&root.join(LOCK)) {
-            store::remove_leftovers(&root, UNFINISHED);
+        if let Ok(Some(_lock)) = Lock::try_take(&self.lock_path()) {
+            store::remove_leftovers(&self.store.containers_directory(), UNFINISHED);
         }
     }
 

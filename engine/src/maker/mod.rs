@@ -6,10 +6,10 @@ mod process;
 mod supervision;
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::Duration;
 
 use picovm_guest_protocol::ContainerSpec;
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::confinement::Confinement;
 use crate::error::EngineError;
 use crate::messages;
-use crate::pool::{find_program, wait_readable};
+use crate::pool::{self, wait_readable};
 use crate::warming::Until;
 
 pub use process::serve;
@@ -111,22 +111,7 @@ impl Maker {
     /// [`EngineError::NoVmm`], [`EngineError::Host`].
     pub(crate) fn start(confinement: Confinement) -> Result<Self, EngineError> {
         let (control, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
-        let mut command = Command::new(find_program()?);
-        command.arg(MAKE_TEMPLATE);
-        match confinement {
-            Confinement::Jailed => {}
-            Confinement::CallsLogged => {
-                command.arg("--seccomp=log");
-            }
-            Confinement::Unconfined => {
-                command.arg("--no-jail");
-            }
-        }
-        let process = command
-            // What the caller has in its environment is no business of a process that a guest may take over.
-            .env_clear()
-            .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::null())
+        let process = pool::program(Some(MAKE_TEMPLATE), confinement, theirs)?
             .spawn()
             .map_err(failed("start picovm-vmm, which makes templates"))?;
         Ok(Self { control, process })
