@@ -142,10 +142,13 @@ impl Workspace {
         self.directory.path().join(name)
     }
 
-    /// `picovm` with a store.
+    /// `picovm` with a store. It begins no pool by itself.
     pub fn picovm(&self, store: &Path) -> Command {
         let mut command = Command::new(&self.picovm);
-        command.env("PICOVM_HOME", store).env_remove("PICOVM_GUEST");
+        command
+            .env("PICOVM_HOME", store)
+            .env("PICOVM_POOL_IDLE", "0")
+            .env_remove("PICOVM_GUEST");
         command
     }
 

@@ -237,7 +237,8 @@ pub enum PoolCommand {
     #[command(
         long_about = "Keeps clones of an image's template parked at their freeze point, each in a jailed VMM process, by a process of its \
 own that goes on after this command. Containers of that image with the same memory and vCPUs then start in one of them, until the \
-pool is stopped or this machine is. Prints the pool's id. Where there is one already, it is given this size.",
+pool is stopped or this machine is. Prints the pool's id. Where there is one already, it is given this size.\n\nA pool of one clone \
+comes by itself after a cold start, and ends when it was not needed for 5 minutes (environment variable PICOVM_POOL_IDLE, as 90s or 1h; 0: none comes).",
         after_help = "Examples:
   picovm pool start debian
   picovm pool start --size 20 -m 512m --cpus 2 debian

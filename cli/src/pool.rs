@@ -37,7 +37,9 @@ pub fn pool(command: &PoolCommand) -> anyhow::Result<ExitCode> {
             } else if *quiet {
                 list.iter().for_each(|pool| println!("{}", pool.id));
             } else {
-                let headings = ["ID", "IMAGE", "MEMORY", "VCPUS", "PARKED", "TAKEN", "CREATED"];
+                let headings = [
+                    "ID", "IMAGE", "MEMORY", "VCPUS", "PARKED", "TAKEN", "CREATED", "ENDS",
+                ];
                 output::table(&headings, &list.iter().map(row).collect::<Vec<_>>());
             }
         }
@@ -64,5 +66,9 @@ fn row(pool: &StandingPool) -> Vec<String> {
         format!("{} of {}", pool.parked, pool.size),
         pool.taken.to_string(),
         output::since(pool.created),
+        match pool.idle_seconds {
+            Some(seconds) => format!("unused for {seconds} s"),
+            None => "when stopped".to_owned(),
+        },
     ]
 }

@@ -41,10 +41,12 @@ pub(crate) fn keep(fds: &[Option<BorrowedFd<'_>>; 3]) -> io::Result<[Option<Owne
     Ok([copy(&fds[0])?, copy(&fds[1])?, copy(&fds[2])?])
 }
 
-/// Leaves the caller's session and terminal, and closes what this process has inherited of those who started the caller: a shell
+/// Leaves the caller's session, terminal and directory, and closes what this process has inherited of those who started the caller: a shell
 /// that waits for the end of a pipe does not wait for it. Standard error stays if `keep_errors`.
 pub(crate) fn leave_caller(keep_errors: bool) -> io::Result<()> {
     let _ = rustix::process::setsid();
+    // What is mounted where the caller stands can be unmounted.
+    std::env::set_current_dir("/")?;
     let null = std::fs::File::options()
         .read(true)
         .write(true)

@@ -69,7 +69,7 @@ pub use picovm_guest_protocol::{
 };
 pub use picovm_rootfs::image::{Limits as ImageLimits, Progress as ImageProgress};
 pub use pool::{POOL_MAX, Pool, VMM_VARIABLE};
-pub use pools::{Pools, StandingPool};
+pub use pools::{KEEP_POOL, Pools, StandingPool, serve as keep_pool};
 pub use printable::{printable, printable_lines, printable_text};
 pub use running::{News, RunningContainer};
 pub use scheduling::Prompt;

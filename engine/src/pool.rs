@@ -69,12 +69,22 @@ impl Pool {
         parking: Parking,
         confinement: Confinement,
     ) -> Result<Self, EngineError> {
+        Self::of(template.path(), size, parking, confinement)
+    }
+
+    /// As [`Pool::new`], for the template in this directory, which its fork server opens.
+    pub(crate) fn of(
+        template: &Path,
+        size: usize,
+        parking: Parking,
+        confinement: Confinement,
+    ) -> Result<Self, EngineError> {
         if !(1..=POOL_MAX).contains(&size) {
             return Err(EngineError::PoolSize(size));
         }
         let (control, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
         let process = program(None, confinement, theirs)?
-            .arg(template.path())
+            .arg(template)
             // One heap for all threads: each further one is memory of every clone, and takes time when a start first needs it.
             .env("MALLOC_ARENA_MAX", "1")
             .spawn()

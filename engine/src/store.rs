@@ -19,7 +19,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::EngineError;
@@ -58,7 +58,8 @@ impl Store {
     /// [`EngineError::Store`].
     pub fn open(root: &Path) -> Result<Self, EngineError> {
         let store = Self {
-            root: root.to_owned(),
+            // Processes that outlive the caller leave its directory.
+            root: std::path::absolute(root).map_err(EngineError::store("open", root))?,
         };
         for directory in [store.names(), store.files(), store.templates_directory()] {
             if !directory.is_dir() {
@@ -198,7 +199,7 @@ pub(crate) fn remove_leftovers(directory: &Path, prefix: &str) {
 
 /// A lock on a file, held until dropped, by this process against others and itself.
 pub(crate) struct Lock {
-    _file: File,
+    file: File,
 }
 
 impl Lock {
@@ -206,21 +207,21 @@ impl Lock {
     pub(crate) fn take(path: &Path) -> Result<Self, EngineError> {
         let file = Self::open(path)?;
         file.lock().map_err(EngineError::store("lock", path))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
 
     /// Waits until nobody has the lock but such as share it too.
     pub(crate) fn share(path: &Path) -> Result<Self, EngineError> {
         let file = Self::open(path)?;
         file.lock_shared().map_err(EngineError::store("lock", path))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
 
     /// Takes the lock if nobody has it.
     pub(crate) fn try_take(path: &Path) -> Result<Option<Self>, EngineError> {
         let file = Self::open(path)?;
         match file.try_lock() {
-            Ok(()) => Ok(Some(Self { _file: file })),
+            Ok(()) => Ok(Some(Self { file })),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(EngineError::store("lock", path)(error)),
         }
@@ -230,9 +231,18 @@ impl Lock {
     pub(crate) fn try_share(path: &Path) -> Result<Option<Self>, EngineError> {
         let file = Self::open(path)?;
         match file.try_lock_shared() {
-            Ok(()) => Ok(Some(Self { _file: file })),
+            Ok(()) => Ok(Some(Self { file })),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(EngineError::store("lock", path)(error)),
+        }
+    }
+
+    /// Whether it is still the lock at this path: not that of a file which was removed.
+    pub(crate) fn is_of(&self, path: &Path) -> bool {
+        let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        match (self.file.metadata(), path.metadata()) {
+            (Ok(ours), Ok(there)) => identity(ours) == identity(there),
+            _ => false,
         }
     }
 

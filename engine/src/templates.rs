@@ -341,16 +341,28 @@ impl Store {
     ) -> Result<Template, EngineError> {
         let guest = GuestFiles::find()?;
         let key = spec.key(&guest, Some(&spec.image))?;
-        self.open_or_make(&key, progress, &|path, progress| {
+        self.template_named(&key, spec, &guest, confinement, progress)
+    }
+
+    /// As [`Store::template_confined`], by the key that these guest's files give it.
+    pub(crate) fn template_named(
+        &self,
+        key: &str,
+        spec: &TemplateSpec,
+        guest: &GuestFiles,
+        confinement: Confinement,
+        progress: &mut dyn FnMut(TemplateProgress),
+    ) -> Result<Template, EngineError> {
+        self.open_or_make(key, progress, &|path, progress| {
             progress(TemplateProgress::Missing {
                 image: spec.image.shown(),
                 memory_mib: spec.memory_mib,
                 vcpus: spec.vcpus,
             });
             let start = Instant::now();
-            let key = spec.key(&guest, None)?;
+            let key = spec.key(guest, None)?;
             let base = self.open_or_make(&key, progress, &|path, progress| {
-                boot_base(spec, &guest, confinement, path, progress)
+                boot_base(spec, guest, confinement, path, progress)
             })?;
             let template = take_image(&base, spec, confinement, path, progress)?;
             progress(TemplateProgress::Built {

@@ -76,11 +76,11 @@ impl OwnStore {
     }
 }
 
-/// The `picovm` command on a store.
+/// The `picovm` command on a store. It begins no pool by itself: each container of a test starts as the test says, and nothing stays.
 #[must_use]
 pub fn picovm_in(store: &Path) -> Command {
     let mut command = Command::new(binary());
-    command.env("PICOVM_HOME", store);
+    command.env("PICOVM_HOME", store).env("PICOVM_POOL_IDLE", "0");
     command
 }
 

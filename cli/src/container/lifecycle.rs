@@ -54,7 +54,7 @@ pub fn stop(options: &StopOptions) -> anyhow::Result<ExitCode> {
 
 pub fn restart(options: &StopOptions) -> anyhow::Result<ExitCode> {
     let store = Store::open_default()?;
-    let containers = store.containers()?;
+    let containers = run::containers(&store)?;
     Ok(each(&containers, &options.containers, |record| {
         stop_one(&containers, record, options)?;
         run::start_detached(&store, &containers, &containers.reread(record)?)?;

@@ -1,26 +1,40 @@
 //! `picovm run` and `picovm start`.
 
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use picovm_engine::containers::{Attachment, Client, ClientNews, Containers, Ending, Record, Status};
-use picovm_engine::{Store, TemplateSpec};
+use anyhow::{Context, anyhow, bail};
+use picovm_engine::containers::{Attachment, Client, ClientNews, Containers, Ending, Origin, Record, Status};
+use picovm_engine::{Store, TemplateProgress, TemplateSpec};
 use picovm_vmm::Template;
 
 use super::arguments::{CreateOptions, RunOptions, StartOptions, StreamName};
 use super::attach::{self, Ends, Wanted};
-use super::create;
+use super::{create, values};
 use crate::output;
 
 /// Statuses of a container that could not be started.
 const NOT_STARTED: std::ops::RangeInclusive<u8> = 125..=127;
 
-/// The template that a container is started from: its image's, which is built if it is not there, or the warm one that it was
+/// Environment variable: how long a pool stays unused that picovm has begun by itself; none is begun if it is 0.
+pub const POOL_IDLE_VARIABLE: &str = "PICOVM_POOL_IDLE";
+const POOL_IDLE: Duration = Duration::from_secs(300);
+
+/// The containers of a store, whose starts leave a pool behind for those that follow.
+pub fn containers(store: &Store) -> anyhow::Result<Containers> {
+    let idle = match std::env::var_os(POOL_IDLE_VARIABLE).filter(|text| !text.is_empty()) {
+        Some(text) => values::duration(&text.to_string_lossy())
+            .map_err(|reason| anyhow!("the environment variable {POOL_IDLE_VARIABLE}: {reason}"))?,
+        None => POOL_IDLE,
+    };
+    Ok(store.containers()?.with_pools(idle))
+}
+
+/// What a container is started in: a clone of its image's template, which is built if it is not there, or of the warm one that it was
 /// created from.
-fn start_template(store: &Store, record: &Record) -> anyhow::Result<Template> {
+fn origin(store: &Store, containers: &Containers, record: &Record) -> anyhow::Result<Origin> {
     let Some(warm) = &record.config.warm else {
-        return template(store, record);
+        return image_origin(containers, record, &create::template_spec(store, record)?);
     };
     let found = store.find_template(&warm.template).with_context(|| {
         format!(
@@ -28,23 +42,27 @@ fn start_template(store: &Store, record: &Record) -> anyhow::Result<Template> {
             record.name, warm.name
         )
     })?;
-    Ok(Template::open(&found.path)?)
+    Ok(containers.warm_origin(record, &found)?)
+}
+
+fn image_origin(containers: &Containers, record: &Record, spec: &TemplateSpec) -> anyhow::Result<Origin> {
+    Ok(containers.origin(record, spec, &mut tell)?)
 }
 
 /// The template of a container's image, which is built if it is not there.
 pub fn template(store: &Store, record: &Record) -> anyhow::Result<Template> {
-    open(store, &create::template_spec(store, record)?, record)
+    let spec = create::template_spec(store, record)?;
+    Ok(store.template_confined(&spec, record.config.confinement, &mut tell)?)
 }
 
-fn open(store: &Store, spec: &TemplateSpec, record: &Record) -> anyhow::Result<Template> {
-    let confinement = record.config.confinement;
-    Ok(store.template_confined(spec, confinement, &mut |progress| eprintln!("picovm: {progress}"))?)
+fn tell(progress: TemplateProgress) {
+    eprintln!("picovm: {progress}");
 }
 
 /// `picovm run`.
 pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     let store = Store::open_default()?;
-    let containers = store.containers()?;
+    let containers = containers(&store)?;
     let wanted = wanted(&options.create, options.detach);
     // What cannot be is said before anything is made; with the status that Docker has for it.
     let ends = match Ends::open(wanted, &options.session.detach_keys) {
@@ -52,23 +70,23 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
         Err(error) => return Ok(output::ended_with(Err(error), 1)),
     };
     let (record, image) = create::new_container(&store, &containers, &options.create)?;
-    let template = match image {
+    let origin = match image {
         Some(image) => {
             let spec = TemplateSpec {
                 image,
                 memory_mib: record.config.memory_mib,
                 vcpus: record.config.vcpus,
             };
-            open(&store, &spec, &record)
+            image_origin(&containers, &record, &spec)
         }
-        None => start_template(&store, &record),
+        None => origin(&store, &containers, &record),
     };
-    let started = template.and_then(|template| {
+    let started = origin.and_then(|origin| {
         let attachment = match options.detach {
             true => announced(),
             false => ends.attachment(false),
         };
-        started(&containers, &record, &template, &attachment)
+        started(&containers, &record, origin, &attachment)
     });
     let client = match started {
         Ok(client) => client,
@@ -127,10 +145,10 @@ fn announced() -> Attachment<'static> {
 fn started(
     containers: &Containers,
     record: &Record,
-    template: &Template,
+    origin: Origin,
     attachment: &Attachment<'_>,
 ) -> anyhow::Result<Client> {
-    match containers.start(record, template, attachment)? {
+    match containers.start(record, origin, attachment)? {
         Some(client) => Ok(client),
         None => bail!("container {} was started by somebody else meanwhile", record.name),
     }
@@ -153,8 +171,8 @@ fn until_started(client: &Client) -> anyhow::Result<Option<Ending>> {
 
 /// Starts a container that does not run, and leaves it alone.
 pub fn start_detached(store: &Store, containers: &Containers, record: &Record) -> anyhow::Result<()> {
-    let template = start_template(store, record)?;
-    let Some(client) = containers.start(record, &template, &announced())? else {
+    let origin = origin(store, containers, record)?;
+    let Some(client) = containers.start(record, origin, &announced())? else {
         return Ok(());
     };
     match until_started(&client)? {
@@ -166,7 +184,7 @@ pub fn start_detached(store: &Store, containers: &Containers, record: &Record) -
 /// `picovm start`.
 pub fn start(options: &StartOptions) -> anyhow::Result<ExitCode> {
     let store = Store::open_default()?;
-    let containers = store.containers()?;
+    let containers = containers(&store)?;
     if options.attach || options.interactive {
         let [name] = options.containers.as_slice() else {
             bail!("only one container can be started with -a or -i");
@@ -207,7 +225,12 @@ fn start_attached(
         client.attach(&attachment)?;
         client
     } else {
-        started(containers, record, &start_template(store, record)?, &attachment)?
+        started(
+            containers,
+            record,
+            origin(store, containers, record)?,
+            &attachment,
+        )?
     };
     let end = attach::follow(&client, ends, &attach::following(&options.session, None))?;
     drop(client);

@@ -3,18 +3,21 @@
 //!
 //! `picovm-vmm make-template [--no-jail | --seccomp=log]`: starts the jailed processes that make templates, for whoever needs one.
 //!
+//! `picovm-vmm keep-pool`: becomes the process of a standing pool.
+//!
 //! Not to be called by people.
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use picovm_engine::{Confinement, MAKE_TEMPLATE};
+use picovm_engine::{Confinement, KEEP_POOL, MAKE_TEMPLATE};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).peekable();
     let mut has = |option| arguments.next_if(|argument| argument == option).is_some();
     let makes_templates = has(MAKE_TEMPLATE);
+    let keeps_pool = !makes_templates && has(KEEP_POOL);
     let confinement = if has("--no-jail") {
         Confinement::Unconfined
     } else if has("--seccomp=log") {
@@ -25,7 +28,7 @@ fn main() -> ExitCode {
     let (template, None) = (arguments.next().map(PathBuf::from), arguments.next()) else {
         return usage();
     };
-    if template.is_some() == makes_templates {
+    if template.is_some() == (makes_templates || keeps_pool) {
         return usage();
     }
     let input = std::io::stdin();
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
     };
     let served = match template {
         Some(template) => picovm_engine::serve_pool(&template, control.into(), confinement),
+        None if keeps_pool => picovm_engine::keep_pool(control),
         None => picovm_engine::serve_maker(control, confinement),
     };
     match served {

@@ -21,6 +21,7 @@ mod idle;
 mod log;
 mod monitor;
 mod names;
+mod origin;
 mod protocol;
 mod record;
 mod storage;
@@ -36,6 +37,7 @@ pub use client::{Attachment, Client, ClientNews};
 pub use events::EngineEvent;
 pub use idle::Idle;
 pub use log::{LogEntry, LogQuery};
+pub use origin::Origin;
 pub use protocol::Ending;
 pub use record::{
     ContainerConfig, Health, HealthResult, LogOptions, MountKind, MountPoint, Record, RestartPolicy, State,
@@ -71,6 +73,8 @@ const MONITOR_MAX: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub struct Containers {
     store: Store,
+    /// How long a pool stays unused that is begun after a cold start.
+    pools: Option<Duration>,
 }
 
 impl Store {
@@ -81,7 +85,10 @@ impl Store {
     pub fn containers(&self) -> Result<Containers, EngineError> {
         // Logs and sockets of containers are nobody else's.
         store::make_private(&self.containers_directory())?;
-        let containers = Containers { store: self.clone() };
+        let containers = Containers {
+            store: self.clone(),
+            pools: None,
+        };
         if !containers.names().are_indexed() {
             let _lock = containers.lock_all()?;
             containers.names().index()?;
@@ -91,6 +98,16 @@ impl Store {
 }
 
 impl Containers {
+    /// The same, whose containers leave a pool of one clone behind when they were started cold, for the starts that may follow: where
+    /// there is no pool of their template, and until no container has taken a clone for so long. At most eight of these stand at a time.
+    #[must_use]
+    pub fn with_pools(self, idle: Duration) -> Self {
+        Self {
+            pools: Some(idle).filter(|idle| !idle.is_zero()),
+            ..self
+        }
+    }
+
     /// A new id.
     ///
     /// # Errors
@@ -375,13 +392,13 @@ impl Containers {
     pub fn start(
         &self,
         record: &Record,
-        template: &Template,
+        origin: Origin,
         attachment: &Attachment<'_>,
     ) -> Result<Option<Client>, EngineError> {
         let Some((record, lock)) = self.lock(record)? else {
             return Ok(None);
         };
-        monitor::start(self, record, template, attachment, lock).map(Some)
+        monitor::start(self, record, origin, attachment, lock).map(Some)
     }
 
     /// A connection with the monitor of a container that runs.

@@ -294,6 +294,15 @@ impl ContainerConfig {
         }
     }
 
+    /// Whether a clone that was parked ahead will do; else it needs what only one that is started cold can have.
+    pub(crate) fn takes_parked(&self) -> bool {
+        self.confinement == crate::Confinement::Jailed
+            && !self.isolate_memory
+            && self.console_log.is_none()
+            && self.mounts.is_empty()
+            && self.storage.is_none()
+    }
+
     /// Its host name.
     #[must_use]
     pub fn hostname(&self) -> &str {

@@ -9,30 +9,39 @@
 //!
 //! A container that got its clone from a pool does not depend on the pool's process: its VMM process is a child of the pool's fork
 //! server, which goes on until the last of them has ended.
+//!
+//! A pool is asked for, and then stays until it is stopped; or one is begun for the starts that may follow, when a container was started
+//! cold ([`Containers::with_pools`](crate::containers::Containers::with_pools)). That one ends when no container has needed it for some time.
 
 mod process;
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use picovm_vmm::Template;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use process::serve;
+
 use crate::confinement::Confinement;
 use crate::container::ContainerOptions;
+use crate::containers::ContainerConfig;
 use crate::error::EngineError;
-use crate::forked;
 use crate::messages::{self, Parking};
 use crate::pool::{self, POOL_MAX};
 use crate::running::RunningContainer;
 use crate::store::{self, Lock, Store};
 use crate::templates::{TemplateProgress, TemplateSpec};
+
+/// The word by which `picovm-vmm` knows that it is to keep a pool.
+pub const KEEP_POOL: &str = "keep-pool";
 
 const SOCKET: &str = "pool.sock";
 const RECORD: &str = "pool.json";
@@ -71,6 +80,18 @@ enum FromPool {
     },
     Done,
     Failed(String),
+    /// There is a pool of this template already.
+    Stands,
+}
+
+/// The pool that a process is to keep.
+#[derive(Debug, Serialize, Deserialize)]
+struct Order {
+    /// `pools/KEY`.
+    directory: PathBuf,
+    template: PathBuf,
+    size: u32,
+    record: PoolRecord,
 }
 
 /// What a pool is of.
@@ -81,6 +102,8 @@ struct PoolRecord {
     vcpus: u8,
     parking: Parking,
     created: DateTime<Utc>,
+    #[serde(default)]
+    idle_seconds: Option<u64>,
 }
 
 /// A standing pool.
@@ -98,6 +121,8 @@ pub struct StandingPool {
     pub parking: Parking,
     /// When it was made.
     pub created: DateTime<Utc>,
+    /// After how many seconds it ends in which no container has taken a clone; not before it is stopped if there is no such time.
+    pub idle_seconds: Option<u64>,
     /// Its process.
     pub pid: u32,
     /// How many clones it keeps.
@@ -149,45 +174,82 @@ fn ask(directory: &Path, message: &ToPool) -> io::Result<(FromPool, Option<UnixS
     Ok((answer, descriptors.into_iter().next().map(UnixStream::from)))
 }
 
-/// Starts a container in a clone of the template's pool; nothing if there is no pool, none of its clones is parked, or the container
-/// needs what only one that is started cold can have.
-pub(crate) fn start(
-    store: &Store,
-    template: &Template,
-    options: &ContainerOptions,
-    streams: [BorrowedFd<'_>; 3],
-    confinement: Confinement,
-) -> Option<RunningContainer> {
-    let cold = confinement != Confinement::Jailed
-        || options.isolate_memory
-        || options.console_log.is_some()
-        || !options.shared.is_empty()
-        || options.storage.is_some();
-    let directory = store.pools_directory().join(template.path().file_name()?);
-    if cold {
-        return None;
-    }
-    loop {
-        let clone = match ask(&directory, &ToPool::Take(VERSION)) {
-            Ok((FromPool::Clone, Some(clone))) => clone,
-            Ok(_) => return None,
+/// A parked clone that its pool has given away. It ends if it is dropped.
+#[derive(Debug)]
+pub(crate) struct ParkedClone(UnixStream);
+
+impl ParkedClone {
+    /// One of the pool of the template with this key; none if there is no pool, or none is parked.
+    pub(crate) fn take(store: &Store, key: &OsStr) -> Option<Self> {
+        let directory = store.pools_directory().join(key);
+        match ask(&directory, &ToPool::Take(VERSION)) {
+            Ok((FromPool::Clone, clone)) => clone.map(Self),
+            Ok(_) => None,
             Err(error) => {
                 if !is_nobody(&error) {
                     tracing::warn!("no clone from the pool {}: {error}", directory.display());
                 }
-                return None;
-            }
-        };
-        match pool::send_start(&clone, options, streams) {
-            Ok(true) => return Some(RunningContainer::of_standing_pool(clone)),
-            // It has just ended; the next one will do.
-            Ok(false) => {}
-            Err(error) => {
-                tracing::warn!("{error}");
-                return None;
+                None
             }
         }
     }
+
+    /// Starts a container in it; nothing if it has ended.
+    pub(crate) fn start(
+        self,
+        options: &ContainerOptions,
+        streams: [BorrowedFd<'_>; 3],
+    ) -> Option<RunningContainer> {
+        match pool::send_start(&self.0, options, streams) {
+            Ok(true) => Some(RunningContainer::of_standing_pool(self.0)),
+            Ok(false) => None,
+            Err(error) => {
+                tracing::warn!("{error}");
+                None
+            }
+        }
+    }
+}
+
+/// Begins a pool of one clone for the starts that may follow a cold one, if there is none: in the background, for nobody waits for it.
+/// It ends when it was not needed for `idle`.
+pub(crate) fn begin_unasked(
+    store: &Store,
+    template: &Path,
+    config: &ContainerConfig,
+    idle: Duration,
+) -> Result<(), EngineError> {
+    let Some(key) = template.file_name() else {
+        return Ok(());
+    };
+    let order = Order {
+        directory: store.pools_directory().join(key),
+        template: template.to_owned(),
+        size: 1,
+        record: PoolRecord {
+            image: config.image.clone(),
+            memory_mib: config.memory_mib,
+            vcpus: config.vcpus,
+            parking: Parking::default(),
+            created: Utc::now(),
+            idle_seconds: Some(idle.as_secs().max(1)),
+        },
+    };
+    begin(&order).map(drop)
+}
+
+/// Starts the process of a pool, which is no child of this one; returns a connection on which it tells that the pool is full, or why not.
+fn begin(order: &Order) -> Result<UnixStream, EngineError> {
+    let failed = || EngineError::host("start a pool's process");
+    let (ours, theirs) = UnixStream::pair().map_err(failed())?;
+    let mut process = pool::program(Some(KEEP_POOL), Confinement::Jailed, theirs)?
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(failed())?;
+    messages::send(&ours, order, &[]).map_err(failed())?;
+    // It has forked the one that stays.
+    process.wait().map_err(failed())?;
+    Ok(ours)
 }
 
 impl Pools {
@@ -196,13 +258,11 @@ impl Pools {
     }
 
     /// Makes a pool of `size` clones, 1 to [`POOL_MAX`], with its template if that is not there, and waits until they are parked. It
-    /// has a process of its own, which goes on after this one. If there is a pool of this template, it is given this size.
-    ///
-    /// To be called by a process with one thread: the pool's is a `fork(2)` of it.
+    /// has a process of its own, which goes on after this one. If there is a pool of this template, it is given this size, and stays until
+    /// it is stopped.
     ///
     /// # Errors
-    /// [`EngineError::PoolSize`], [`EngineError::Threads`], [`EngineError::Vmm`] if a clone cannot be parked; what
-    /// [`Store::template`] says.
+    /// [`EngineError::PoolSize`], [`EngineError::NoVmm`], [`EngineError::Vmm`] if a clone cannot be parked; what [`Store::template`] says.
     pub fn start(
         &self,
         spec: &TemplateSpec,
@@ -220,38 +280,27 @@ impl Pools {
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
-        let directory = self.directory(&id);
-        // Who takes a clone runs what he likes in it.
-        store::make_private(&directory)?;
-        let Some(lock) = Lock::try_take(&directory.join(LOCK))? else {
-            self.request(&id, &ToPool::Resize(wanted))?;
-            return self.status(&id)?.ok_or(EngineError::NoPool { id });
+        let order = Order {
+            directory: self.directory(&id),
+            template: template.path().to_owned(),
+            size: wanted,
+            record: PoolRecord {
+                image: spec.image.shown(),
+                memory_mib: spec.memory_mib,
+                vcpus: spec.vcpus,
+                parking,
+                created: Utc::now(),
+                idle_seconds: None,
+            },
         };
-        let record = PoolRecord {
-            image: spec.image.shown(),
-            memory_mib: spec.memory_mib,
-            vcpus: spec.vcpus,
-            parking,
-            created: Utc::now(),
-        };
-        let json = serde_json::to_vec_pretty(&record)
-            .map_err(|error| EngineError::store("write", &directory)(error.into()))?;
-        store::replace(&directory.join(RECORD), &json)?;
-
-        let (ours, theirs) = UnixStream::pair().map_err(failed("create a socket pair"))?;
-        let Some(_child) = forked::fork("fork a pool's process")? else {
-            drop(ours);
-            process::live(&directory, &template, size, parking, theirs, lock);
-            forked::exit()
-        };
-        // It has the lock now: closing this copy does not let it go.
-        drop((theirs, lock));
-        let answer = messages::receive::<FromPool>(&ours).map_err(failed("hear from a pool's process"))?;
-        match answer {
-            Some((FromPool::Done, _)) => self.status(&id)?.ok_or(EngineError::NoPool { id }),
-            Some((FromPool::Failed(reason), _)) => Err(EngineError::Vmm(reason)),
-            _ => Err(EngineError::Vmm("the pool's process has ended".into())),
+        let process = begin(&order)?;
+        match messages::receive(&process).map_err(failed("hear from a pool's process"))? {
+            Some((FromPool::Done, _)) => {}
+            Some((FromPool::Stands, _)) => self.request(&id, &ToPool::Resize(wanted))?,
+            Some((FromPool::Failed(reason), _)) => return Err(EngineError::Vmm(reason)),
+            _ => return Err(EngineError::Vmm("the pool's process has ended".into())),
         }
+        self.status(&id)?.ok_or(EngineError::NoPool { id })
     }
 
     /// All of them, by image.
@@ -302,8 +351,12 @@ impl Pools {
         let until = Instant::now() + END_MAX;
         let _ = self.request(id, &ToPool::Stop);
         let lock = loop {
-            if let Some(lock) = Lock::try_take(&directory.join(LOCK))? {
-                break lock;
+            match lock_of(&directory) {
+                Ok(Some(lock)) => break lock,
+                Ok(None) => {}
+                // It has just ended by itself.
+                Err(_) if !directory.is_dir() => return Ok(()),
+                Err(error) => return Err(error),
             }
             if Instant::now() >= until {
                 return Err(failed("wait for a pool's process to end")(
@@ -352,11 +405,24 @@ impl Pools {
             vcpus: record.vcpus,
             parking: record.parking,
             created: record.created,
+            idle_seconds: record.idle_seconds,
             pid,
             size,
             parked,
             taken,
         }))
+    }
+}
+
+/// The lock of a pool whose process does not run.
+fn lock_of(directory: &Path) -> Result<Option<Lock>, EngineError> {
+    let path = directory.join(LOCK);
+    loop {
+        match Lock::try_take(&path)? {
+            // A pool that ends by itself removes its directory: whoever had opened the lock before has one of no use.
+            Some(lock) if !lock.is_of(&path) => {}
+            taken => return Ok(taken),
+        }
     }
 }
 

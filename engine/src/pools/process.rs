@@ -1,59 +1,88 @@
 //! The process of a standing pool: it keeps its clones, and answers who asks for one.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use picovm_vmm::Template;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::inotify;
 
-use super::{ANSWER_MAX, FromPool, SOCKET, ToPool, VERSION, failed};
+use super::{ANSWER_MAX, FromPool, Order, PoolRecord, RECORD, SOCKET, ToPool, VERSION, failed};
 use crate::confinement::Confinement;
 use crate::error::EngineError;
-use crate::messages::{self, Parking};
+use crate::messages;
 use crate::pool::Pool;
 use crate::store::{self, Lock};
-use crate::{children, forked};
+use crate::{children, forked, timeout};
 
 /// How long to wait after a clone was taken before the next one is forked: its start comes first.
 const REFILL_AFTER: Duration = Duration::from_millis(20);
 /// How long a pool may take to be full at first, for each clone and as a whole: where every instruction is emulated.
 const PARKED_WITHIN: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(60));
+/// Most pools of a store when one more is begun that nobody has asked for.
+const UNASKED_MAX: usize = 8;
 
-/// The life of a pool's process. It tells whether the pool is full, and then serves it.
-pub(super) fn live(
-    directory: &Path,
-    template: &Template,
-    size: usize,
-    parking: Parking,
-    caller: UnixStream,
-    lock: Lock,
-) {
-    let _lock = lock;
-    let (told, server) = match Server::prepare(directory, template, size, parking) {
-        Ok(server) => (FromPool::Done, Some(server)),
+/// Keeps the pool that it is told to keep, and tells when it is full, or why not. The process that does so is a child that this one
+/// leaves behind.
+///
+/// To be called by a process that has one thread and nothing else to do: `picovm-vmm keep-pool`.
+///
+/// # Errors
+/// [`EngineError::Host`]; what goes wrong with the pool is told to the caller.
+pub fn serve(control: OwnedFd) -> Result<(), EngineError> {
+    if forked::fork("fork a pool's process")?.is_some() {
+        return Ok(());
+    }
+    forked::leave_caller(false).map_err(failed("prepare a pool's process"))?;
+    children::raise_open_files();
+    let caller = UnixStream::from(control);
+    let Some((order, _)) =
+        messages::receive::<Order>(&caller).map_err(failed("receive which pool to keep"))?
+    else {
+        return Ok(());
+    };
+    let (told, keeper) = match Keeper::prepare(order) {
+        Ok(Some(keeper)) => (FromPool::Done, Some(keeper)),
+        Ok(None) => (FromPool::Stands, None),
         Err(error) => (FromPool::Failed(error.to_string()), None),
     };
+    // Nobody may be there to hear it.
     let _ = messages::send(&caller, &told, &[]);
     drop(caller);
-    if let Some(server) = server {
+    if let Some(keeper) = keeper {
         // Not dropped: that would wait for the containers that go on. What this process has open ends with it.
-        std::mem::ManuallyDrop::new(server).serve();
+        std::mem::ManuallyDrop::new(keeper).serve();
     }
-    if let Ok(directory) = File::open(directory) {
-        let _ = fs::remove_file(store::socket_path(&directory, SOCKET));
-    }
+    Ok(())
 }
 
-struct Server<'t> {
-    template: &'t Template,
-    parking: Parking,
+/// How many pools stand in the same store.
+fn standing_beside(directory: &Path) -> usize {
+    let entries = directory.parent().map(fs::read_dir);
+    entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .flatten()
+        .filter(|entry| super::connect(&entry.path()).is_ok())
+        .count()
+}
+
+struct Keeper {
+    directory: PathBuf,
+    template: PathBuf,
+    record: PoolRecord,
     pool: Pool,
     listener: UnixListener,
+    /// Readable when something in its directory was removed.
+    removals: OwnedFd,
     taken: u64,
+    /// When it was last asked for a clone, or begun.
+    used: Instant,
     refill_at: Option<Instant>,
+    _lock: Lock,
 }
 
 /// Whether a pool goes on.
@@ -63,51 +92,119 @@ enum Next {
     End,
 }
 
-impl<'t> Server<'t> {
-    fn prepare(
-        directory: &Path,
-        template: &'t Template,
+impl Keeper {
+    /// `None` if there is a pool of this template, or there are enough of them for one that nobody has asked for.
+    fn prepare(order: Order) -> Result<Option<Self>, EngineError> {
+        let Order {
+            directory,
+            template,
+            size,
+            record,
+        } = order;
+        if record.idle_seconds.is_some() && standing_beside(&directory) >= UNASKED_MAX {
+            return Ok(None);
+        }
+        let Some(lock) = Self::lock(&directory)? else {
+            return Ok(None);
+        };
+        match Self::fill(directory.clone(), template, size as usize, record, lock) {
+            Ok(keeper) => Ok(Some(keeper)),
+            Err(error) => {
+                // With its lock, which nobody has had a use for.
+                let _ = store::remove(&directory);
+                Err(error)
+            }
+        }
+    }
+
+    fn lock(directory: &Path) -> Result<Option<Lock>, EngineError> {
+        loop {
+            // Who takes a clone runs what he likes in it.
+            store::make_private(directory)?;
+            match super::lock_of(directory) {
+                // One that ended at this moment has removed it.
+                Err(_) if !directory.is_dir() => {}
+                taken => return taken,
+            }
+        }
+    }
+
+    fn fill(
+        directory: PathBuf,
+        template: PathBuf,
         size: usize,
-        parking: Parking,
+        record: PoolRecord,
+        lock: Lock,
     ) -> Result<Self, EngineError> {
-        forked::leave_caller(false).map_err(failed("prepare a pool's process"))?;
-        children::raise_open_files();
-        let mut pool = Pool::new(template, size, parking, Confinement::Jailed)?;
+        let json = serde_json::to_vec_pretty(&record)
+            .map_err(|error| EngineError::store("write", &directory)(error.into()))?;
+        store::replace(&directory.join(RECORD), &json)?;
+        let mut pool = Pool::of(&template, size, record.parking, Confinement::Jailed)?;
         let (each, least) = PARKED_WITHIN;
         let within = each
             .saturating_mul(u32::try_from(size).unwrap_or(u32::MAX))
             .max(least);
         pool.wait_until_full(within)?;
-        let opened = File::open(directory).map_err(EngineError::store("open", directory))?;
+        let opened = File::open(&directory).map_err(EngineError::store("open", &directory))?;
         let path = store::socket_path(&opened, SOCKET);
         // Of one that was killed.
         store::remove(&path)?;
         let listener =
             UnixListener::bind(&path).map_err(EngineError::store("listen at", &directory.join(SOCKET)))?;
+        let watch = || {
+            let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+            inotify::add_watch(&watch, &directory, inotify::WatchFlags::DELETE)?;
+            Ok(watch)
+        };
+        let removals = watch()
+            .map_err(|error: rustix::io::Errno| EngineError::store("watch", &directory)(error.into()))?;
         Ok(Self {
+            directory,
             template,
-            parking,
+            record,
             pool,
             listener,
+            removals,
             taken: 0,
+            used: Instant::now(),
             refill_at: None,
+            _lock: lock,
         })
     }
 
-    /// Serves it until it is told to end, or cannot go on.
+    /// Serves it until it is told to end, nobody needs it any more, or it cannot go on.
     fn serve(&mut self) {
+        let told_to = self.answer_all();
+        // Who has told it to end removes the rest.
+        let rest = match told_to {
+            true => self.directory.join(SOCKET),
+            false => self.directory.clone(),
+        };
+        let _ = store::remove(&rest);
+    }
+
+    /// When it ends, as no container has needed it.
+    fn unused_at(&self) -> Option<Instant> {
+        self.used
+            .checked_add(Duration::from_secs(self.record.idle_seconds?))
+    }
+
+    /// Whether it was told to end.
+    fn answer_all(&mut self) -> bool {
         loop {
-            let timeout = self
-                .refill_at
-                .map(|at| at.saturating_duration_since(Instant::now()))
-                .and_then(|rest| Timespec::try_from(rest).ok());
-            let asked = match poll(
-                &mut [PollFd::new(&self.listener, PollFlags::IN)],
-                timeout.as_ref(),
-            ) {
-                Ok(count) => count > 0,
-                Err(rustix::io::Errno::INTR) => false,
-                Err(_) => return,
+            let due = [self.refill_at, self.unused_at()].into_iter().flatten().min();
+            let timeout = due.map(timeout::until);
+            let mut fds = [
+                PollFd::new(&self.listener, PollFlags::IN),
+                PollFd::new(&self.removals, PollFlags::IN),
+            ];
+            let (asked, removed) = match poll(&mut fds, timeout.as_ref()) {
+                Ok(_) => {
+                    let [asked, removed] = fds.map(|fd| !fd.revents().is_empty());
+                    (asked, removed)
+                }
+                Err(rustix::io::Errno::INTR) => (false, false),
+                Err(_) => return false,
             };
             if asked {
                 let Ok((client, _)) = self.listener.accept() else {
@@ -118,16 +215,44 @@ impl<'t> Server<'t> {
                     .set_read_timeout(Some(ANSWER_MAX))
                     .and_then(|()| client.set_write_timeout(Some(ANSWER_MAX)));
                 if limits.is_ok() && self.answer(&client) == Next::End {
-                    return;
+                    return true;
                 }
             }
-            if self.refill_at.is_some_and(|at| at <= Instant::now()) {
+            // Of a store that was removed nobody can take a clone.
+            if removed && self.was_removed() {
+                return false;
+            }
+            let now = Instant::now();
+            if self.unused_at().is_some_and(|at| at <= now) {
+                return false;
+            }
+            if self.refill_at.is_some_and(|at| at <= now) {
                 self.refill_at = None;
                 if self.refill().is_err() {
-                    return;
+                    return false;
                 }
             }
         }
+    }
+
+    /// Whether its socket is not there any more.
+    fn was_removed(&self) -> bool {
+        let mut buffer = [std::mem::MaybeUninit::uninit(); 1024];
+        let mut events = inotify::Reader::new(&self.removals, &mut buffer);
+        while events.next().is_ok() {}
+        !self.directory.join(SOCKET).exists()
+    }
+
+    /// Makes it one that was asked for, of this size.
+    fn resize(&mut self, size: u32) -> Result<(), EngineError> {
+        self.pool.resize(size as usize)?;
+        if self.record.idle_seconds.take().is_some() {
+            let path = self.directory.join(RECORD);
+            let json = serde_json::to_vec_pretty(&self.record)
+                .map_err(|error| EngineError::store("write", &path)(error.into()))?;
+            store::replace(&path, &json)?;
+        }
+        Ok(())
     }
 
     /// Forks what is missing; if the fork server has ended, by a new one.
@@ -135,7 +260,8 @@ impl<'t> Server<'t> {
         if self.pool.refill().is_ok() {
             return Ok(());
         }
-        self.pool = Pool::new(self.template, self.pool.size(), self.parking, Confinement::Jailed)?;
+        let size = self.pool.size();
+        self.pool = Pool::of(&self.template, size, self.record.parking, Confinement::Jailed)?;
         Ok(())
     }
 
@@ -146,6 +272,7 @@ impl<'t> Server<'t> {
         let mut clone = None;
         let answer = match &message {
             ToPool::Take(VERSION) => {
+                self.used = Instant::now();
                 clone = self.pool.take();
                 match &clone {
                     Some(_) => {
@@ -165,7 +292,7 @@ impl<'t> Server<'t> {
                     taken: self.taken,
                 }
             }
-            ToPool::Resize(size) => match self.pool.resize(*size as usize) {
+            ToPool::Resize(size) => match self.resize(*size) {
                 Ok(()) => FromPool::Done,
                 Err(error) => FromPool::Failed(error.to_string()),
             },

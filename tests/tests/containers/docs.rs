@@ -73,6 +73,7 @@ fn run_page(name: &str) -> usize {
             .args(["-euo", "pipefail", "-c", typed])
             .current_dir(here.path())
             .env("PICOVM_HOME", store().path())
+            .env("PICOVM_POOL_IDLE", "0")
             .env("PATH", std::env::join_paths(&path).expect("a path"))
             .stdin(Stdio::null())
             .output()

@@ -11,6 +11,7 @@ mod limits;
 mod logs;
 mod look;
 mod pool;
+mod pool_unasked;
 mod refused;
 mod shared_files;
 mod storage;

@@ -20,7 +20,7 @@ impl Terminal {
         let picovm = picovm_tests::binary();
         let directory = picovm.parent().unwrap().display();
         let shell = format!(
-            "PATH={directory}:$PATH PICOVM_HOME={} PS1='here> ' TERM=screen exec sh -c '{command}; echo status $?; stty -a | grep -o -- \"-*icanon\"; exec sleep 1000'",
+            "PATH={directory}:$PATH PICOVM_HOME={} PICOVM_POOL_IDLE=0 PS1='here> ' TERM=screen exec sh -c '{command}; echo status $?; stty -a | grep -o -- \"-*icanon\"; exec sleep 1000'",
             store().path().display()
         );
         terminal.tmux(&[

@@ -12,6 +12,7 @@ fn with(preparation: &str) -> std::process::Output {
         .args(["--mount", "sh", "-c", &script])
         .arg(picovm_tests::binary())
         .env("PICOVM_HOME", store().path())
+        .env("PICOVM_POOL_IDLE", "0")
         .output()
         .unwrap()
 }
@@ -60,6 +61,7 @@ fn a_user_who_may_not_use_kvm_is_told_so() {
         .args(["--mount", "sh", "-c", script])
         .arg(&binary)
         .env("PICOVM_HOME", at("store"))
+        .env("PICOVM_POOL_IDLE", "0")
         .env("KVM", &forbidden)
         .output()
         .unwrap();

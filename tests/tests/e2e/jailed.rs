@@ -256,6 +256,7 @@ pub fn of_nobody(directory: &Path, arguments: &str) -> Command {
         .args(["--mount", "sh", "-c", &script])
         .arg(&binary)
         .env("PICOVM_HOME", at("store"))
+        .env("PICOVM_POOL_IDLE", "0")
         .env("KVM", at("kvm"));
     command
 }

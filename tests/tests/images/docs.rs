@@ -51,6 +51,7 @@ fn every_command_of_the_page_about_images_works() {
             .args(["-euo", "pipefail", "-c", &typed])
             .current_dir(place.path("work"))
             .env("PICOVM_HOME", place.path("store"))
+            .env("PICOVM_POOL_IDLE", "0")
             .env("DOCKER_CONFIG", place.path("docker"))
             .env("PATH", std::env::join_paths(&path).expect("a path"))
             .stdin(Stdio::null())

@@ -53,6 +53,7 @@ fn run(store: &OwnStore, top: &Path, command: &str) {
         .args(["-c", command])
         .current_dir(top)
         .env("PICOVM_HOME", store.path())
+        .env("PICOVM_POOL_IDLE", "0")
         .env("PATH", std::env::join_paths(directories).expect("a path"))
         .stdin(Stdio::null())
         .output()

@@ -12,27 +12,29 @@ mod turn;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use picovm_guest_protocol::{ContainerExit, Stream, TerminalSize};
-use picovm_vmm::Template;
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::client::{Attachment, Client, null, reason, socket_path};
 use super::idle::open_layer;
 use super::log::LogWriter;
+use super::origin::Origin;
 use super::protocol::{Ending, FromMonitor};
-use super::record::{Record, RestartPolicy, State, Status};
+use super::record::{ContainerConfig, Record, RestartPolicy, State, Status};
 use super::storage;
 use super::{Containers, STATE};
+use crate::container::ContainerOptions;
 use crate::error::EngineError;
 use crate::forked;
-use crate::pools;
+use crate::pools::{self, ParkedClone};
 use crate::running::RunningContainer;
-use crate::store::Lock;
+use crate::store::{Lock, Store};
 use crate::streams::{Descriptor, Sink};
 use health::Checks;
 use keeping::Keeping;
@@ -49,12 +51,14 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 const RAN_WELL: Duration = Duration::from_secs(10);
 /// How long those who have attached may take to read the last output of a container that was killed, or whose clone has failed.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
+/// How long a container runs before a pool is begun for those that may follow; if it has ended before, then. Its own start comes first.
+const POOL_AFTER: Duration = Duration::from_millis(500);
 
 /// Starts the monitor of a container whose lock is held, as a child of this process; returns a connection with it.
 pub(super) fn start(
     containers: &Containers,
     record: Record,
-    template: &Template,
+    origin: Origin,
     attachment: &Attachment<'_>,
     lock: Lock,
 ) -> Result<Client, EngineError> {
@@ -64,8 +68,29 @@ pub(super) fn start(
         return Ok(Client::new(ours, record.name, Some(child)));
     }
     drop(ours);
-    Monitor::live(containers, record, template, attachment, theirs, lock);
+    let pool = Monitor::live(containers, record, origin, attachment, theirs, lock);
+    if let Some(pool) = pool {
+        pool.begin();
+    }
     forked::exit()
+}
+
+/// A pool for the starts that may follow a cold one.
+struct NextPool {
+    store: Store,
+    template: PathBuf,
+    config: ContainerConfig,
+    idle: Duration,
+}
+
+impl NextPool {
+    fn begin(&self) {
+        let begun = pools::begin_unasked(&self.store, &self.template, &self.config, self.idle);
+        // The starts that follow are as slow as this one was.
+        if let Err(error) = begun {
+            tracing::warn!("cannot begin a pool of {}: {error}", self.config.image);
+        }
+    }
 }
 
 /// What a process of the container was begun for.
@@ -100,7 +125,9 @@ struct Running {
 struct Monitor<'m> {
     containers: &'m Containers,
     record: Record,
-    template: &'m Template,
+    origin: Origin,
+    /// The pool that is to be begun for the starts that follow, and when.
+    pool: Option<(Instant, NextPool)>,
     listener: Option<UnixListener>,
     peers: Vec<Peer>,
     next_peer: u64,
@@ -121,21 +148,22 @@ struct Monitor<'m> {
 }
 
 impl<'m> Monitor<'m> {
-    /// The life of a monitor, in its process.
+    /// The life of a monitor, in its process. Returns the pool that is to be begun when nothing of the container is left.
     fn live(
         containers: &'m Containers,
         record: Record,
-        template: &'m Template,
+        origin: Origin,
         attachment: &Attachment<'_>,
         first: UnixStream,
         lock: Lock,
-    ) {
+    ) -> Option<NextPool> {
         let _lock = lock;
         let mut peer = Peer::new(0, first, true);
-        match Self::prepare(containers, record, template, attachment, &mut peer) {
+        match Self::prepare(containers, record, origin, attachment, &mut peer) {
             Ok(mut monitor) => {
                 monitor.peers.push(peer);
                 monitor.serve();
+                return monitor.pool.take().map(|(_, pool)| pool);
             }
             Err(error) => peer.tell(&FromMonitor::Ended(Ending {
                 code: OWN_ERROR,
@@ -143,12 +171,13 @@ impl<'m> Monitor<'m> {
                 oom_killed: false,
             })),
         }
+        None
     }
 
     fn prepare(
         containers: &'m Containers,
         record: Record,
-        template: &'m Template,
+        origin: Origin,
         attachment: &Attachment<'_>,
         peer: &mut Peer,
     ) -> Result<Self, EngineError> {
@@ -182,7 +211,8 @@ impl<'m> Monitor<'m> {
         Ok(Self {
             containers,
             record,
-            template,
+            origin,
+            pool: None,
             listener: Some(listener),
             peers: Vec::new(),
             next_peer: 1,
@@ -392,11 +422,19 @@ impl<'m> Monitor<'m> {
         };
         let stdin = feed_end.as_ref().map_or(null.as_fd(), AsFd::as_fd);
         let streams = [stdin, out_end.as_fd(), err_end.as_fd()];
-        let store = &self.containers.store;
-        let vmm = match pools::start(store, self.template, &options, streams, config.confinement) {
+        let vmm = match self.start_parked(&options, streams) {
             Some(started) => started,
-            None => RunningContainer::start(self.template, &options, streams, config.confinement)?,
+            None => {
+                let confinement = self.record.config.confinement;
+                let started =
+                    RunningContainer::start(self.origin.template()?, &options, streams, confinement)?;
+                self.pool = self
+                    .next_pool()
+                    .and_then(|pool| Some((Instant::now().checked_add(POOL_AFTER)?, pool)));
+                started
+            }
         };
+        let config = &self.record.config;
         Ok(Running {
             vmm,
             outputs: vec![(Stream::Stdout, out), (Stream::Stderr, err)],
@@ -409,6 +447,38 @@ impl<'m> Monitor<'m> {
             keeping: None,
             gone: None,
             pausing: None,
+        })
+    }
+
+    /// In a clone of a pool, if the container can do with one and a pool has one.
+    fn start_parked(
+        &mut self,
+        options: &ContainerOptions,
+        streams: [BorrowedFd<'_>; 3],
+    ) -> Option<RunningContainer> {
+        if !self.record.config.takes_parked() {
+            return None;
+        }
+        loop {
+            let parked = match self.origin.take_parked() {
+                Some(parked) => parked,
+                None => ParkedClone::take(&self.containers.store, self.origin.path().file_name()?)?,
+            };
+            // One that has just ended is no matter: the next one will do.
+            if let Some(started) = parked.start(options, streams) {
+                return Some(started);
+            }
+        }
+    }
+
+    /// The pool that such a container leaves behind for others.
+    fn next_pool(&self) -> Option<NextPool> {
+        let idle = self.containers.pools?;
+        self.record.config.takes_parked().then(|| NextPool {
+            store: self.containers.store.clone(),
+            template: self.origin.path().to_owned(),
+            config: self.record.config.clone(),
+            idle,
         })
     }
 
@@ -456,7 +526,8 @@ impl<'m> Monitor<'m> {
         let live = running.exit.is_none() && self.record.state.status != Status::Paused;
         let checks = running.checks.as_ref().filter(|_| live).map(Checks::due);
         let keeping = running.keeping.as_ref().map(Keeping::until);
-        [self.kill_at, self.force_at, checks, keeping]
+        let pool = self.pool.as_ref().map(|(at, _)| *at);
+        [self.kill_at, self.force_at, checks, keeping, pool]
             .into_iter()
             .flatten()
             .min()
@@ -464,6 +535,9 @@ impl<'m> Monitor<'m> {
 
     fn meet_deadlines(&mut self) {
         let now = Instant::now();
+        if let Some((_, pool)) = self.pool.take_if(|(at, _)| now >= *at) {
+            pool.begin();
+        }
         let Some(running) = &mut self.running else { return };
         if self.kill_at.is_some_and(|at| now >= at) {
             self.kill_at = None;
