@@ -83,7 +83,7 @@ pub enum ToVmm {
 /// From a VMM process.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromVmm {
-    /// A clone stands at the freeze point, ready to be started.
+    /// A clone stands at the freeze point, ready to be started; with the descriptor at which a share server is connected with it.
     Parked,
     /// The container has ended, and every byte of its output is out.
     Exit(ContainerExit),

@@ -50,8 +50,12 @@ impl Drop for Server {
 
 struct Waiting {
     socket: UnixStream,
-    parked: bool,
+    /// Once its clone is parked.
+    parked: Option<Share>,
 }
+
+/// The end at which a share server is connected with a parked clone.
+type Share = OwnedFd;
 
 fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
     EngineError::host(attempted)
@@ -115,7 +119,7 @@ impl Pool {
             .map_err(failed("ask the fork server of a pool for a clone"))?;
             self.waiting.push_back(Waiting {
                 socket: ours,
-                parked: false,
+                parked: None,
             });
         }
         Ok(())
@@ -138,7 +142,10 @@ impl Pool {
     /// How many clones are known to be parked: those for which this pool has waited.
     #[must_use]
     pub fn parked(&self) -> usize {
-        self.waiting.iter().filter(|waiting| waiting.parked).count()
+        self.waiting
+            .iter()
+            .filter(|waiting| waiting.parked.is_some())
+            .count()
     }
 
     /// Process id of the fork server. Its children are the VMM processes, of parked and of live clones.
@@ -159,15 +166,25 @@ impl Pool {
     }
 
     fn wait_until_parked(&mut self, index: usize, timeout: Duration) -> Result<(), EngineError> {
-        let Some(waiting) = self.waiting.get_mut(index).filter(|waiting| !waiting.parked) else {
+        let Some(waiting) = self
+            .waiting
+            .get_mut(index)
+            .filter(|waiting| waiting.parked.is_none())
+        else {
             return Ok(());
         };
         let told = wait_readable(&waiting.socket, timeout).and_then(|()| messages::receive(&waiting.socket));
+        let told = match told {
+            Ok(Some((FromVmm::Parked, descriptors))) => match descriptors.into_iter().next() {
+                Some(share) => {
+                    waiting.parked = Some(share);
+                    return Ok(());
+                }
+                None => Err(io::ErrorKind::InvalidData.into()),
+            },
+            told => told,
+        };
         match told {
-            Ok(Some((FromVmm::Parked, _))) => {
-                waiting.parked = true;
-                return Ok(());
-            }
             Err(error) if error.kind() == io::ErrorKind::TimedOut => {
                 return Err(failed("wait for a clone to be parked")(error));
             }
@@ -183,17 +200,18 @@ impl Pool {
     }
 
     /// Hands over a clone that is parked already, if there is one, for another process to start a container in: its end of the
-    /// connection with the clone's VMM process.
-    pub(crate) fn take(&mut self) -> Option<UnixStream> {
+    /// connection with the clone's VMM process, and where a share server is connected with it.
+    pub(crate) fn take(&mut self) -> Option<(UnixStream, OwnedFd)> {
         self.look();
-        let parked = self.waiting.iter().position(|vmm| vmm.parked)?;
-        self.waiting.remove(parked).map(|vmm| vmm.socket)
+        let parked = self.waiting.iter().position(|vmm| vmm.parked.is_some())?;
+        let vmm = self.waiting.remove(parked)?;
+        Some((vmm.socket, vmm.parked?))
     }
 
     /// Looks which clones are parked by now; those that cannot be, or are no longer, are given up.
     pub(crate) fn look(&mut self) {
         // What a parked clone has to say is that it is none any more.
-        let gone = |vmm: &Waiting| vmm.parked && wait_readable(&vmm.socket, Duration::ZERO).is_ok();
+        let gone = |vmm: &Waiting| vmm.parked.is_some() && wait_readable(&vmm.socket, Duration::ZERO).is_ok();
         self.waiting.retain(|vmm| !gone(vmm));
         let mut index = 0;
         while index < self.waiting.len() {

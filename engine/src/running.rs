@@ -1,7 +1,7 @@
 //! A container that runs in a VMM process of its own, seen from the process that started it.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,8 @@ pub struct RunningContainer {
     parent: Parent,
     /// Serves the directories that it shares with the host, if it does. It ends with the VMM process, and after it.
     _share: Option<ShareServer>,
+    /// Where a share server would be connected with a clone that was parked, if it has none.
+    no_share: Option<OwnedFd>,
 }
 
 /// What there is to tell of a container that runs.
@@ -108,6 +110,7 @@ impl RunningContainer {
             socket,
             parent: Parent::Here(Some(child)),
             _share: server,
+            no_share: None,
         })
     }
 
@@ -117,16 +120,28 @@ impl RunningContainer {
             socket,
             parent: Parent::Server(server),
             _share: None,
+            no_share: None,
         }
     }
 
-    /// One that was started in a VMM process of a pool that another process has.
-    pub(crate) fn of_standing_pool(socket: UnixStream) -> Self {
+    /// One that was started in a VMM process of a pool that another process has; with its share server, or where one would be connected.
+    pub(crate) fn of_standing_pool(socket: UnixStream, share: Result<ShareServer, OwnedFd>) -> Self {
+        let (share, no_share) = match share {
+            Ok(server) => (Some(server), None),
+            Err(end) => (None, Some(end)),
+        };
         Self {
             socket,
             parent: Parent::Elsewhere,
-            _share: None,
+            _share: share,
+            no_share,
         }
+    }
+
+    /// Its start is over: what its clone was given for a share server that it does not have is closed. The clone is woken by that, which
+    /// would hold the start up.
+    pub(crate) fn settle(&mut self) {
+        self.no_share = None;
     }
 
     /// Delivers a signal to the container.

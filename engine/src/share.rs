@@ -59,6 +59,16 @@ impl ShareServer {
     /// # Errors
     /// [`EngineError::Refused`] without root, [`EngineError::Jail`], [`EngineError::Host`].
     pub(crate) fn start(shared: &[Shared], confinement: Confinement) -> Result<(OwnedFd, Self), EngineError> {
+        let (theirs, ours) = connection()?;
+        Ok((theirs, Self::start_at(shared, ours, confinement)?))
+    }
+
+    /// As [`ShareServer::start`], at an end of a connection whose other end a VMM process has already.
+    pub(crate) fn start_at(
+        shared: &[Shared],
+        ours: OwnedFd,
+        confinement: Confinement,
+    ) -> Result<Self, EngineError> {
         if Mode::of_caller() == Mode::Rootless {
             return Err(EngineError::Refused(
                 "directories and volumes can only be shared with a container by root: the files in them belong to users whom no \
@@ -70,14 +80,6 @@ impl ShareServer {
         for one in shared {
             std::fs::metadata(&one.source).map_err(EngineError::store("share", &one.source))?;
         }
-        let failed = EngineError::host("connect a share server");
-        let (theirs, ours) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(|error| failed(error.into()))?;
         let mut jailer = Jailer::for_work(policy(shared, confinement), Mode::of_caller(), Work::Share)?;
         let filters = jailer.filters().clone();
         let keep = [ours.as_raw_fd(), rustix::stdio::stderr().as_raw_fd()];
@@ -97,8 +99,19 @@ impl ShareServer {
             );
             0
         })?;
-        Ok((theirs, Self { _jail: jail }))
+        Ok(Self { _jail: jail })
     }
+}
+
+/// A connection between a VMM process and a share server: a socket of packets.
+pub(crate) fn connection() -> Result<(OwnedFd, OwnedFd), EngineError> {
+    socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(|error| EngineError::host("connect a share server")(error.into()))
 }
 
 /// What the server has open of `/proc` before it is confined.

@@ -16,6 +16,7 @@ use crate::error::EngineError;
 use crate::messages::{self, FromVmm, Parking, ToServer, ToVmm};
 use crate::scheduling::{self, Batch};
 use crate::serve::{Command, Director, News, Service};
+use crate::share;
 use crate::streams::{Channel, Descriptor};
 
 fn tell_failure(socket: &UnixStream, ended: Result<(), EngineError>) {
@@ -50,9 +51,9 @@ pub(crate) fn wait_and_run(template: &Template, orders: &UnixStream, filters: &T
         Ok(Some(Made {
             socket,
             parking,
-            machine,
+            parked,
         })) => {
-            let ended = machine.and_then(|machine| park_and_run(template, parking, machine, &socket));
+            let ended = parked.and_then(|parked| park_and_run(template, parking, parked, &socket));
             tell_failure(&socket, ended);
         }
         // Nobody is left who could order one.
@@ -62,11 +63,18 @@ pub(crate) fn wait_and_run(template: &Template, orders: &UnixStream, filters: &T
     }
 }
 
-/// What came of an order: who gave it, and the machine.
+/// What came of an order: who gave it, and the clone.
 struct Made {
     socket: UnixStream,
     parking: Parking,
-    machine: Result<Machine, EngineError>,
+    parked: Result<Parked, EngineError>,
+}
+
+/// A clone that stands at its freeze point.
+struct Parked {
+    machine: Machine,
+    /// Where the share server is connected of a container that has one.
+    share: OwnedFd,
 }
 
 fn make_ahead(
@@ -119,36 +127,40 @@ fn obey(template: &Template, orders: &UnixStream, threads: Threads) -> Result<Op
     let Some(socket) = descriptors.into_iter().next().map(UnixStream::from) else {
         return Ok(None);
     };
-    let machine = park(template, parking, threads);
+    let parked = park(template, parking, threads);
     Ok(Some(Made {
         socket,
         parking,
-        machine,
+        parked,
     }))
 }
 
 /// Forks a clone, as ready as it is to be.
-fn park(template: &Template, parking: Parking, threads: Threads) -> Result<Machine, EngineError> {
+fn park(template: &Template, parking: Parking, threads: Threads) -> Result<Parked, EngineError> {
     let _batch = Batch::begin();
+    let (own, share) = share::connection()?;
     let mut machine = template.fork(ForkOptions {
         threads,
+        share: Some(own),
         ..ForkOptions::default()
     })?;
     if let (Parking::Prefaulted, Some(set)) = (parking, template.working_set()) {
         machine.prefault(set)?;
     }
-    Ok(machine)
+    Ok(Parked { machine, share })
 }
 
 /// Waits for a container for a parked clone, and runs it.
 fn park_and_run(
     template: &Template,
     parking: Parking,
-    machine: Machine,
+    Parked { machine, share }: Parked,
     socket: &UnixStream,
 ) -> Result<(), EngineError> {
     let failed = EngineError::host;
-    messages::send(socket, &FromVmm::Parked, &[]).map_err(failed("tell the pool of a parked clone"))?;
+    messages::send(socket, &FromVmm::Parked, &[share.as_fd()])
+        .map_err(failed("tell the pool of a parked clone"))?;
+    drop(share);
 
     let start = messages::receive(socket).map_err(failed("receive what to run"))?;
     let Some((ToVmm::Start { id, spec, hostname }, mut descriptors)) = start else {

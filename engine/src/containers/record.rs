@@ -299,7 +299,6 @@ impl ContainerConfig {
         self.confinement == crate::Confinement::Jailed
             && !self.isolate_memory
             && self.console_log.is_none()
-            && self.mounts.is_empty()
             && self.storage.is_none()
     }
 

@@ -18,7 +18,7 @@ mod process;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -37,6 +37,7 @@ use crate::error::EngineError;
 use crate::messages::{self, Parking};
 use crate::pool::{self, POOL_MAX};
 use crate::running::RunningContainer;
+use crate::share::ShareServer;
 use crate::store::{self, Lock, Store};
 use crate::templates::{TemplateProgress, TemplateSpec};
 
@@ -48,7 +49,7 @@ const RECORD: &str = "pool.json";
 const LOCK: &str = "lock";
 
 /// Of what is said between processes below: a pool that speaks another gives no clone.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// How long one that is asked may take to answer; it is asked for nothing that takes long.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// How long one may take to end.
@@ -68,7 +69,7 @@ enum ToPool {
 /// The answer.
 #[derive(Debug, Serialize, Deserialize)]
 enum FromPool {
-    /// With the descriptor of the clone.
+    /// With the descriptor of the clone, and that at which a share server is connected with it.
     Clone,
     /// None is parked.
     None,
@@ -167,23 +168,31 @@ fn connect(directory: &Path) -> io::Result<UnixStream> {
     Ok(socket)
 }
 
-fn ask(directory: &Path, message: &ToPool) -> io::Result<(FromPool, Option<UnixStream>)> {
+fn ask(directory: &Path, message: &ToPool) -> io::Result<(FromPool, Vec<OwnedFd>)> {
     let socket = connect(directory)?;
     messages::send(&socket, message, &[])?;
-    let (answer, descriptors) = messages::receive(&socket)?.ok_or(io::ErrorKind::UnexpectedEof)?;
-    Ok((answer, descriptors.into_iter().next().map(UnixStream::from)))
+    messages::receive(&socket)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 /// A parked clone that its pool has given away. It ends if it is dropped.
 #[derive(Debug)]
-pub(crate) struct ParkedClone(UnixStream);
+pub(crate) struct ParkedClone {
+    socket: UnixStream,
+    share: OwnedFd,
+}
 
 impl ParkedClone {
     /// One of the pool of the template with this key; none if there is no pool, or none is parked.
     pub(crate) fn take(store: &Store, key: &OsStr) -> Option<Self> {
         let directory = store.pools_directory().join(key);
         match ask(&directory, &ToPool::Take(VERSION)) {
-            Ok((FromPool::Clone, clone)) => clone.map(Self),
+            Ok((FromPool::Clone, descriptors)) => {
+                let [socket, share] = descriptors.try_into().ok()?;
+                Some(Self {
+                    socket: socket.into(),
+                    share,
+                })
+            }
             Ok(_) => None,
             Err(error) => {
                 if !is_nobody(&error) {
@@ -194,20 +203,23 @@ impl ParkedClone {
         }
     }
 
-    /// Starts a container in it; nothing if it has ended.
+    /// Starts a container in it, with a share server if it shares anything; nothing if it has ended.
+    ///
+    /// To be called by a process with one thread: the share server is a `fork(2)` of it.
+    ///
+    /// # Errors
+    /// As [`ShareServer::start_at`]; [`EngineError::Host`].
     pub(crate) fn start(
         self,
         options: &ContainerOptions,
         streams: [BorrowedFd<'_>; 3],
-    ) -> Option<RunningContainer> {
-        match pool::send_start(&self.0, options, streams) {
-            Ok(true) => Some(RunningContainer::of_standing_pool(self.0)),
-            Ok(false) => None,
-            Err(error) => {
-                tracing::warn!("{error}");
-                None
-            }
-        }
+    ) -> Result<Option<RunningContainer>, EngineError> {
+        let share = match options.shared.as_slice() {
+            [] => Err(self.share),
+            shared => Ok(ShareServer::start_at(shared, self.share, Confinement::Jailed)?),
+        };
+        let started = pool::send_start(&self.socket, options, streams)?;
+        Ok(started.then(|| RunningContainer::of_standing_pool(self.socket, share)))
     }
 }
 

@@ -301,7 +301,10 @@ impl Keeper {
         if self.pool.is_short() {
             self.refill_at = Instant::now().checked_add(REFILL_AFTER);
         }
-        let with: Vec<BorrowedFd<'_>> = clone.iter().map(AsFd::as_fd).collect();
+        let with: Vec<BorrowedFd<'_>> = clone
+            .iter()
+            .flat_map(|(socket, share)| [socket.as_fd(), share.as_fd()])
+            .collect();
         // Without the answer the clone ends, as nobody has its other end.
         let _ = messages::send(client, &answer, &with);
         match message {

@@ -119,6 +119,32 @@ fn a_writable_layer_goes_into_a_clone_of_it_too() {
 }
 
 #[test]
+fn directories_and_volumes_are_shared_with_a_clone_of_it_too() {
+    let _pool = Pool::of("1");
+    let here = tempfile::tempdir().unwrap();
+    std::fs::write(here.path().join("from-here"), "shared\n").unwrap();
+    let mount = format!("{}:/mnt", here.path().display());
+    let volumes = ["-v", mount.as_str(), "-v", "/var/lib/dpkg"];
+    let options = [&SIZE[..], &volumes].concat();
+    let script = "cat /mnt/from-here; echo back > /mnt/from-there; ls /var/lib/dpkg/status; exec sleep 1000";
+    let container = Container::run(&options, &["sh", "-c", script]);
+    assert_eq!(seen()["taken"], 1);
+    let logs = || told(&["logs", container.id()]);
+    until(|| logs() == "shared\n/var/lib/dpkg/status", logs);
+    assert_eq!(
+        std::fs::read_to_string(here.path().join("from-there")).unwrap(),
+        "back\n"
+    );
+    // What has no share server is told so, and waits for none.
+    until_parked(1);
+    let plain = Container::run(&SIZE, &["sleep", "1000"]);
+    assert_eq!(seen()["taken"], 2);
+    let script = "mount -t virtiofs picovm /mnt 2>&1 && ls /mnt; echo $?";
+    let mounted = plain.shell(script);
+    assert!(mounted.lines().last() != Some("0"), "{mounted}");
+}
+
+#[test]
 fn what_only_a_cold_start_can_give_is_given_by_one() {
     let _pool = Pool::of("1");
     for option in ["--isolate-memory", "--no-jail"] {

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use picovm_engine::{Confinement, Parking, Pool};
 
@@ -228,9 +228,8 @@ fn isolated_memory_is_no_mapping_of_the_template() {
 /// of the store are of other files. The image itself is where the store has a link.
 pub fn of_nobody(directory: &Path, arguments: &str) -> Command {
     let at = |name: &str| directory.join(name);
-    let binary = at("picovm");
     std::fs::create_dir(at("guest")).unwrap();
-    std::fs::copy(picovm_tests::binary(), &binary).unwrap();
+    std::fs::copy(picovm_tests::binary(), at("picovm")).unwrap();
     std::fs::copy(
         picovm_tests::binary().with_file_name("picovm-vmm"),
         at("picovm-vmm"),
@@ -246,15 +245,21 @@ pub fn of_nobody(directory: &Path, arguments: &str) -> Command {
         .status()
         .unwrap();
     assert!(copied.success());
+    as_nobody(directory, arguments)
+}
+
+/// `picovm` of that user once more.
+fn as_nobody(directory: &Path, arguments: &str) -> Command {
+    let at = |name: &str| directory.join(name);
     let script = format!(
-        "mknod \"$KVM\" c 10 232 && chmod 666 \"$KVM\" && mount --bind \"$KVM\" /dev/kvm && \
+        "[ -e \"$KVM\" ] || mknod \"$KVM\" c 10 232 && chmod 666 \"$KVM\" && mount --bind \"$KVM\" /dev/kvm && \
                   chown -R 65534:65534 \"$PICOVM_HOME\" && chmod 755 \"$PICOVM_HOME/..\" && \
                   exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all \"$0\" {arguments}"
     );
     let mut command = Command::new("unshare");
     command
         .args(["--mount", "sh", "-c", &script])
-        .arg(&binary)
+        .arg(at("picovm"))
         .env("PICOVM_HOME", at("store"))
         .env("PICOVM_POOL_IDLE", "0")
         .env("KVM", at("kvm"));
@@ -276,6 +281,32 @@ fn without_root_anywhere_a_container_runs_in_a_jail_too() {
     }
     let root = std::fs::read_dir(Path::new("/proc").join(&vmm).join("root")).unwrap();
     assert_eq!(root.count(), 0, "its root is empty");
+}
+
+#[test]
+fn without_root_the_start_that_follows_a_cold_one_takes_a_parked_clone_too() {
+    let _alone = alone();
+    let directory = tempfile::tempdir().unwrap();
+    let told = |command: &mut Command| {
+        let output = command.env("PICOVM_POOL_IDLE", "10m").output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        stdout(&output)
+    };
+    let run = "run --rm debian echo up";
+    assert_eq!(told(&mut of_nobody(directory.path(), run)), "up");
+    let seen = || told(&mut as_nobody(directory.path(), "pool ls"));
+    let give_up = Instant::now() + Duration::from_secs(60);
+    while !seen().contains("1 of 1") {
+        assert!(Instant::now() < give_up, "{}", seen());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(told(&mut as_nobody(directory.path(), run)), "up");
+    let listed = seen();
+    assert!(
+        listed.contains("1 of 1   1 ") || listed.contains("0 of 1   1 "),
+        "{listed}"
+    );
+    told(&mut as_nobody(directory.path(), "pool stop --all"));
 }
 
 /// Cgroups of jails that are there.

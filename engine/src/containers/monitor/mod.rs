@@ -381,6 +381,9 @@ impl<'m> Monitor<'m> {
         loop {
             let until = self.next_deadline();
             self.turn(until);
+            if let Some(running) = &mut self.running {
+                running.vmm.settle();
+            }
             self.meet_deadlines();
             if let Some(ending) = self.ending() {
                 return ending;
@@ -422,7 +425,7 @@ impl<'m> Monitor<'m> {
         };
         let stdin = feed_end.as_ref().map_or(null.as_fd(), AsFd::as_fd);
         let streams = [stdin, out_end.as_fd(), err_end.as_fd()];
-        let vmm = match self.start_parked(&options, streams) {
+        let vmm = match self.start_parked(&options, streams)? {
             Some(started) => started,
             None => {
                 let confinement = self.record.config.confinement;
@@ -455,20 +458,22 @@ impl<'m> Monitor<'m> {
         &mut self,
         options: &ContainerOptions,
         streams: [BorrowedFd<'_>; 3],
-    ) -> Option<RunningContainer> {
+    ) -> Result<Option<RunningContainer>, EngineError> {
         if !self.record.config.takes_parked() {
-            return None;
+            return Ok(None);
         }
-        loop {
-            let parked = match self.origin.take_parked() {
-                Some(parked) => parked,
-                None => ParkedClone::take(&self.containers.store, self.origin.path().file_name()?)?,
-            };
+        let mut given = self.origin.take_parked();
+        while let Some(parked) = given.take().or_else(|| self.ask_for_parked()) {
             // One that has just ended is no matter: the next one will do.
-            if let Some(started) = parked.start(options, streams) {
-                return Some(started);
+            if let Some(started) = parked.start(options, streams)? {
+                return Ok(Some(started));
             }
         }
+        Ok(None)
+    }
+
+    fn ask_for_parked(&self) -> Option<ParkedClone> {
+        ParkedClone::take(&self.containers.store, self.origin.path().file_name()?)
     }
 
     /// The pool that such a container leaves behind for others.
