@@ -14,11 +14,17 @@ use crate::policy;
 
 /// Where the cgroups of jails are if the policy does not say.
 const PARENT: &str = "picovm-jail";
+/// How often something is tried that another jailer can undo.
+const ATTEMPTS: u32 = 100;
 
 /// Where a host has its cgroups, and what is written into each of ours.
+#[derive(Default)]
 pub(crate) struct Cgroups {
     /// The directory in the version 2 hierarchy below which ours are, if there is one.
     unified: Option<PathBuf>,
+    /// The top of that hierarchy, and the controllers that are handed down from there.
+    root: PathBuf,
+    handed_down: Vec<String>,
     /// The same in hierarchies of version 1.
     legacy: Vec<PathBuf>,
     /// File and content, in version 2 or 1.
@@ -90,8 +96,7 @@ impl Cgroups {
         let parent = parent.strip_prefix("/").unwrap_or(parent);
         let mut here = Self {
             unified: mounted.unified.as_deref().map(|root| root.join(parent)),
-            legacy: Vec::new(),
-            settings: Vec::new(),
+            ..Self::default()
         };
         let (mut unified, mut legacy) = (Vec::new(), Vec::new());
         for controller in limits::needed(limits) {
@@ -116,8 +121,10 @@ impl Cgroups {
             // Also for the members to be found and ended together: but that needs version 2.
             here.unified = here.unified.filter(|_| legacy.is_empty());
         }
-        if let (Some(directory), Some(root)) = (&here.unified, &mounted.unified) {
-            enable(root, directory, &unified)?;
+        if let Some(root) = &mounted.unified {
+            here.handed_down = unified.iter().map(|name| (*name).to_owned()).collect();
+            here.root.clone_from(root);
+            here.enable()?;
         }
         for controller in unified {
             here.settings.extend(limits::settings(limits, controller)?);
@@ -162,13 +169,31 @@ impl Cgroups {
         }
         Ok(Some(Self {
             unified: Some(own),
-            legacy: Vec::new(),
             settings: all,
+            ..Self::default()
         }))
+    }
+
+    /// Hands controllers down from the top of the hierarchy to where ours are made, which is made, too.
+    fn enable(&self) -> Result<(), JailError> {
+        match &self.unified {
+            Some(directory) => until_it_stays(|| enable(&self.root, directory, &self.handed_down)),
+            None => Ok(()),
+        }
     }
 
     /// Makes one, with its limits. One of this name that nobody uses any more is replaced.
     pub(crate) fn create(&self, name: &str) -> Result<CgroupDirectory, JailError> {
+        self.create_here(name).or_else(|_| {
+            // Where it was to be made was removed meanwhile, or made again by somebody who needs less.
+            until_it_stays(|| {
+                self.enable()?;
+                self.create_here(name)
+            })
+        })
+    }
+
+    fn create_here(&self, name: &str) -> Result<CgroupDirectory, JailError> {
         let mut made = CgroupDirectory {
             unified: None,
             legacy: Vec::new(),
@@ -261,17 +286,28 @@ impl<'a> Owner<'a> {
     }
 }
 
+/// Does what another jailer may undo at any moment, which removes what is empty, until that does not happen.
+fn until_it_stays<T>(mut attempt: impl FnMut() -> Result<T, JailError>) -> Result<T, JailError> {
+    for _ in 0..ATTEMPTS {
+        match attempt() {
+            Ok(done) => return Ok(done),
+            Err(_) => std::thread::yield_now(),
+        }
+    }
+    attempt()
+}
+
 /// Makes the directory `name` in `parent`, whatever is in its way.
 fn make(parent: &Path, name: &str) -> Result<PathBuf, JailError> {
     let path = parent.join(name);
-    for _ in 0..10 {
-        // Another jailer may remove an empty parent at any moment.
-        fs::create_dir_all(parent).map_err(host("make", parent))?;
+    for _ in 0..ATTEMPTS {
         match fs::create_dir(&path) {
             Ok(()) => return Ok(path),
             // Who had this name before is gone, for the name is ours.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => remove(&path),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                until_it_stays(|| fs::create_dir_all(parent).map_err(host("make", parent)))?;
+            }
             Err(error) => return Err(host("make", &path)(error)),
         }
     }
@@ -340,8 +376,7 @@ impl Drop for CgroupDirectory {
     }
 }
 
-/// Hands controllers down from the top of the hierarchy to a directory, which is made.
-fn enable(root: &Path, directory: &Path, controllers: &[&str]) -> Result<(), JailError> {
+fn enable(root: &Path, directory: &Path, controllers: &[String]) -> Result<(), JailError> {
     fs::create_dir_all(directory).map_err(host("make", directory))?;
     let wanted: String = controllers.iter().map(|name| format!("+{name} ")).collect();
     if wanted.is_empty() {
@@ -355,7 +390,7 @@ fn enable(root: &Path, directory: &Path, controllers: &[&str]) -> Result<(), Jai
         let enabled = fs::read_to_string(&file).unwrap_or_default();
         if controllers
             .iter()
-            .all(|name| enabled.split_whitespace().any(|other| other == *name))
+            .all(|name| enabled.split_whitespace().any(|other| other == name))
         {
             continue;
         }
@@ -401,8 +436,7 @@ mod tests {
         }
         let cgroups = Cgroups {
             unified: Some(parent.path().to_owned()),
-            legacy: Vec::new(),
-            settings: Vec::new(),
+            ..Cgroups::default()
         };
         let left = || {
             let entries = fs::read_dir(parent.path()).unwrap();
@@ -422,6 +456,27 @@ mod tests {
             cgroups.sweep(Some(&range.locks()));
             assert_eq!(left(), ["12x", &mine, "jail-x-1", "others"]);
         }
+    }
+
+    #[test]
+    fn many_jails_at_once_make_and_remove_what_theirs_are_in() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroups = || Cgroups {
+            unified: Some(root.path().join(PARENT)),
+            ..Cgroups::default()
+        };
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                scope.spawn(move || {
+                    let cgroups = cgroups();
+                    for number in 0..500 {
+                        drop(cgroups.create(&format!("{thread}-{number}")).unwrap());
+                        cgroups.remove_parents();
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
 
     #[test]
