@@ -12,15 +12,19 @@ use super::{Container, picovm, refused, stdout, store, told, until};
 /// Of machines of a size that no other test has, so that no other test's container comes from them.
 const SIZE: [&str; 2] = ["-m", "300m"];
 
-/// One test at a time has the pool of that size.
+/// One test at a time has pools in the store of all.
 static ONE: Mutex<()> = Mutex::new(());
+
+pub fn alone() -> MutexGuard<'static, ()> {
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The pool, ended with the test.
 struct Pool(#[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
 
 impl Pool {
     fn of(clones: &str) -> Self {
-        let alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = alone();
         store();
         let id = fill(clones);
         assert_eq!(told(&["pool", "ls", "-q"]), id);
@@ -97,7 +101,7 @@ fn a_container_of_it_is_one_like_any_other_and_outlives_it() {
     );
     assert_eq!(seen()["taken"], 1);
     drop(pool);
-    let _others_keep_out = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _others_keep_out = alone();
     let logs = || told(&["logs", container.id()]);
     until(|| logs() == "box", logs);
     assert_eq!(container.shell("echo still"), "still");

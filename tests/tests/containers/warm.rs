@@ -93,6 +93,41 @@ fn a_clone_goes_on_with_the_application_after_its_hooks() {
 }
 
 #[test]
+fn the_start_that_follows_goes_on_in_a_clone_that_is_parked() {
+    let _alone = crate::pool::alone();
+    let key = app();
+    let pool = || {
+        let list: serde_json::Value = serde_json::from_str(&told(&["pool", "ls", "--json"])).unwrap();
+        let pools = list.as_array().unwrap().clone();
+        pools
+            .into_iter()
+            .find(|pool| pool["id"] == key)
+            .unwrap_or_default()
+    };
+    let parked = || until(|| pool()["parked"] == 1, || format!("it is {}", pool()));
+    // Started cold; it has input to wait for.
+    let first = picovm(&["run", "-d", "-i", "--from-template", "app"])
+        .env("PICOVM_POOL_IDLE", "10m")
+        .output()
+        .expect("picovm starts");
+    assert!(first.status.success(), "{}", stderr(&first));
+    parked();
+    for taken in 1..=2 {
+        let name = format!("parked-{taken}");
+        let answer = stdout(&answers("app", &["-h", &name, "-e", "COLOUR=green"], "a\n"));
+        assert_eq!(
+            answer,
+            format!("1|a|{name}|first app {name} 64|second green"),
+            "as in a clone that is started cold"
+        );
+        assert_eq!(pool()["taken"], taken);
+        parked();
+    }
+    told(&["rm", "-f", &stdout(&first)]);
+    told(&["pool", "stop", key]);
+}
+
+#[test]
 fn a_hook_that_fails_ends_the_container_before_the_application_goes_on() {
     app();
     let failed = answers("app", &["-e", "BROKEN=1"], "a\n");
