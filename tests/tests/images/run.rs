@@ -3,7 +3,7 @@
 use picovm_engine::Store;
 use serde_json::json;
 
-use crate::fixtures::{App, archive, docker_archive};
+use crate::fixtures::{App, CAPABILITY, archive, docker_archive};
 use crate::registry::Registry;
 use crate::{Place, stderr, stdout, tool};
 
@@ -71,6 +71,12 @@ fn a_container_runs_what_its_image_says_unless_its_user_says_otherwise() {
 fn what_is_built_runs_in_another_store_and_what_is_committed_of_it_has_all_of_it() {
     let app = App::new();
     let at = |name: &str| app.expected.join(name);
+    // A name by which it is `grep`, and a capability for who has none.
+    std::fs::create_dir(at("srv/capable")).expect("a directory");
+    std::fs::copy("/bin/busybox", at("srv/capable/grep")).expect("busybox");
+    let flags = rustix::fs::XattrFlags::empty();
+    rustix::fs::setxattr(at("srv/capable/grep"), "security.capability", &CAPABILITY, flags)
+        .expect("a capability");
     std::fs::write(at("srv/odd \u{e9}"), "odd").expect("a file");
     // Not below /dev, which every container has of its own.
     tool("mknod", &[&at("srv/device").display().to_string(), "c", "1", "5"]);
@@ -82,10 +88,11 @@ fn what_is_built_runs_in_another_store_and_what_is_committed_of_it_has_all_of_it
     let other = Place::new();
     other.ok(&["load", "-i", &saved]);
     let seen = |image: &str| {
-        let script = "stat -c '%h %a' /bin/cat /bin/as-root; stat -c '%t:%T %F' /srv/device; cat /srv/odd*";
+        let script = "stat -c '%h %a' /bin/cat /bin/as-root; stat -c '%t:%T %F' /srv/device; cat /srv/odd*; echo; \
+                      /srv/capable/grep CapEff /proc/self/status";
         other.ok(&["run", "--rm", "-u", "1000", image, "/bin/sh", "-c", script])
     };
-    let all = "9 755\n1 4755\n1:5 character special file\nodd";
+    let all = "9 755\n1 4755\n1:5 character special file\nodd\nCapEff:\t0000000000000400";
     assert_eq!(seen("mine"), all);
     other.ok(&[
         "run",
