@@ -273,3 +273,27 @@ fn what_cannot_be_written_is_told_from_what_cannot_be_read() {
         assert!(error.starts_with(&begin) && error.contains("no "), "{error}");
     }
 }
+
+#[test]
+fn what_is_larger_than_an_image_may_be_is_refused_where_it_gets_so() {
+    let archive = tempfile::NamedTempFile::new().unwrap();
+    fs::write(archive.path(), made(sample().path()).0).unwrap();
+    let of = |limits: Limits| {
+        make(archive.path(), &mut io::sink(), &limits, &mut |_| {})
+            .unwrap_err()
+            .to_string()
+    };
+    let bytes = of(Limits {
+        bytes: 8 << 20,
+        ..Limits::default()
+    });
+    assert!(
+        bytes.contains("refused at entry sparse: with it, the image has more than 8388608 bytes"),
+        "{bytes}"
+    );
+    let entries = of(Limits {
+        entries: 2,
+        ..Limits::default()
+    });
+    assert!(entries.contains("more than 2 entries"), "{entries}");
+}
