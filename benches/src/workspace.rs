@@ -198,11 +198,19 @@ fn take_image(store: &Store, name: &str) -> anyhow::Result<Option<Image>> {
         );
         return Ok(None);
     };
-    let file = image
-        .file
-        .strip_prefix(common.root())
-        .context("an image lies outside its store")?;
-    copy(&image.file, store.root().join(file))?;
+    let inside = |path: &Path| -> anyhow::Result<PathBuf> {
+        let inside = path
+            .strip_prefix(common.root())
+            .context("an image lies outside its store")?;
+        Ok(store.root().join(inside))
+    };
+    copy(&image.file, inside(&image.file)?)?;
+    // Its layers are not read.
+    for path in image.content()? {
+        let link = inside(&path)?;
+        fs::create_dir_all(link.parent().context("content has no directory")?)?;
+        std::os::unix::fs::symlink(path, link)?;
+    }
     let record = Path::new("images/names").join(format!("{name}.json"));
     copy(&common.root().join(&record), store.root().join(&record))?;
     Ok(Some(store.image(name)?))

@@ -17,7 +17,7 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
         ImageCommand::Build { name, source } => {
             let start = Instant::now();
             let bar = ProgressBar::new(0);
-            bar.set_message("unpacking");
+            bar.set_message("reading");
             bar.enable_steady_tick(Duration::from_millis(100));
             let built = store.build_image(name, source, &mut |progress| view::show_build(&bar, progress));
             bar.finish_and_clear();
@@ -28,7 +28,7 @@ pub fn image(command: &ImageCommand) -> anyhow::Result<ExitCode> {
                 output::size(image.bytes),
                 image.entries
             );
-            println!("{}", image.digest);
+            println!("{}", image.id());
             Ok(ExitCode::SUCCESS)
         }
         ImageCommand::Ls(options) => image_list::list(&store, options),

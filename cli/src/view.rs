@@ -112,7 +112,9 @@ fn style(template: &str) -> ProgressStyle {
 /// Shows how far the building of an image is.
 pub fn show_build(bar: &ProgressBar, progress: ImageProgress) {
     match progress {
-        ImageProgress::Unpacking { read, size, .. } => {
+        ImageProgress::Reading { read, size, .. } | ImageProgress::Unpacking { read, size, .. }
+            if size > 0 =>
+        {
             if bar.length() != Some(size) {
                 bar.set_length(size);
                 bar.set_style(style("{msg} {wide_bar} {bytes}/{total_bytes} {eta}"));
@@ -124,6 +126,7 @@ pub fn show_build(bar: &ProgressBar, progress: ImageProgress) {
             let what = match other {
                 ImageProgress::Packing { .. } => "writing the file system",
                 ImageProgress::Digesting { .. } => "computing the digest",
+                ImageProgress::Reading { .. } => "reading the source",
                 _ => "looking through the source",
             };
             bar.set_style(style("{spinner} {msg} ({elapsed})"));

@@ -123,10 +123,31 @@ fn limit_files(current: Option<u64>) {
     setrlimit(Resource::Fsize, limit).expect("limit the size of files");
 }
 
+fn open_again(archive: &File) -> File {
+    File::open(format!("/proc/self/fd/{}", archive.as_raw_fd())).expect("open the archive again")
+}
+
+fn only_layer(archive: &File, root: &Path) {
+    use picovm_rootfs::unpack::{Limits, Layers};
+    let path = format!("/proc/self/fd/{}", archive.as_raw_fd());
+    let limits = Limits::default();
+    let made = picovm_rootfs::layer::make(path.as_ref(), &mut std::io::sink(), &limits, &mut |_| {});
+    let Ok(made) = made else {
+        return;
+    };
+    let mut layers = Layers::new(root, &limits).expect("open the root");
+    // What is a layer has the digest that was said, unless it is refused before its end.
+    if let Err(picovm_rootfs::unpack::UnpackError::Digest { actual, expected }) =
+        layers.add(open_again(archive), &made.diff_id, &mut |_, _| {})
+    {
+        panic!("the digest of the layer is {actual} and not {expected}");
+    }
+    let _ = layers.finish();
+}
+
 fn layers(archive: &File, root: &Path) {
     use picovm_rootfs::unpack::{Layers, UnpackError};
-    let open =
-        || File::open(format!("/proc/self/fd/{}", archive.as_raw_fd())).expect("open the archive again");
+    let open = || open_again(archive);
     let mut layers = Layers::new(root, &Default::default()).expect("open the root");
     // The digest is compared last, and tells what it is.
     let Err(UnpackError::Digest { actual, .. }) = layers.add(open(), "", &mut |_, _| {}) else {
@@ -153,9 +174,10 @@ pub fn image_archive(data: &[u8]) {
         return;
     }
     limit_files(Some(FILE_MAX));
-    // As one archive, or as three layers of which each is the whole archive: whiteouts, and entries that meet their like.
+    // As the only layer of an image that is built, or as three layers of which each is the whole archive: whiteouts, and entries that
+    // meet their like.
     if data.len().is_multiple_of(2) {
-        let _ = picovm_rootfs::unpack::unpack(archive, &root, &Default::default(), &mut |_, _| {});
+        only_layer(&archive, &root);
     } else {
         layers(&archive, &root);
     }

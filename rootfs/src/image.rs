@@ -1,4 +1,4 @@
-//! Builds an image: a directory or a tar archive becomes a read-only EROFS file.
+//! Builds an image: layers, or a directory, become a read-only EROFS file.
 //!
 //! The file is uncompressed with blocks of 4 KiB, so that a guest's page is a page of the file. The same content
 //! gives the same bytes, and so the same digest, wherever and whenever it is built.
@@ -6,13 +6,12 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use tempfile::Builder;
 
-use crate::unpack::unpack;
 pub use crate::unpack::{Limits, UnpackError};
 
 /// Part of every image, so that an image says nothing about when and where it was built.
@@ -36,6 +35,15 @@ pub struct ImageInfo {
 /// What a build is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
+    /// Making a layer of a directory or an archive.
+    Reading {
+        /// Entries so far.
+        entries: u64,
+        /// Bytes of the archive (as it is stored, so perhaps compressed), or of the directory's files, read so far.
+        read: u64,
+        /// Bytes of the archive; 0 if they are not known.
+        size: u64,
+    },
     /// Unpacking the archive.
     Unpacking {
         /// Entries so far.
@@ -101,6 +109,14 @@ pub enum ImageError {
         /// What is wrong with it, and with which entry.
         source: UnpackError,
     },
+    /// The layer that is made cannot be written.
+    #[error("write the layer made of {path}: {source}")]
+    Write {
+        /// The source.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// There is no `mkfs.erofs`.
     #[error("mkfs.erofs is not installed; install it with `apt-get install erofs-utils`")]
     NoTool,
@@ -133,7 +149,12 @@ pub struct Layer {
     pub diff_id: String,
 }
 
-/// Builds an image of `layers`, the lowest first, and puts it at `destination`, as [`build`] does.
+/// Builds an image of `layers`, the lowest first, and puts it at `destination`, whose directory must exist. An older file there is
+/// replaced, all at once.
+///
+/// Owners, modes, modification times, extended attributes, hard links and device nodes are kept. The layers are unpacked beside
+/// `destination` first, which takes their unpacked size there and, for other owners and device nodes, root. `progress` is
+/// called often.
 ///
 /// # Errors
 /// [`ImageError`]; `destination` is then as it was, and nothing else is left.
@@ -175,7 +196,12 @@ pub fn build_layers(
         path: root.clone(),
         source,
     })?;
-    pack(Path::new("the layers"), &root, directory, destination, progress)
+    let tree = Unpacked {
+        source: Path::new("the layers"),
+        root: &root,
+        left_out: &[],
+    };
+    pack(&tree, directory, destination, progress)
 }
 
 /// The directory that a file lies in.
@@ -186,68 +212,50 @@ fn directory_of(file: &Path) -> &Path {
     }
 }
 
-/// Builds an image of `source`, a directory or a tar archive (plain, or compressed by gzip, zstd or xz, as its content
-/// says), and puts it at `destination`, whose directory must exist. An older file there is replaced, all at once.
-///
-/// Owners, modes, modification times, extended attributes, hard links and device nodes are kept; the
-/// source is not changed. An archive is unpacked beside `destination` first, which takes its unpacked size there and,
-/// for other owners and device nodes, root. `progress` is called often.
+/// Builds an image of a directory, which is not changed, as [`build_layers`] does of the layer that [`crate::layer::make`] makes of
+/// it: what that left out is left out here. Whoever may read the directory can do this, whomever its files belong to.
 ///
 /// # Errors
 /// [`ImageError`]; `destination` is then as it was, and nothing else is left.
-pub fn build(
+pub fn build_directory(
     source: &Path,
+    left_out: &[PathBuf],
     destination: &Path,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ImageInfo, ImageError> {
-    let at_source = |error| ImageError::Source {
-        path: source.into(),
-        source: error,
+    let tree = Unpacked {
+        source,
+        root: source,
+        left_out,
     };
-    let directory = directory_of(destination);
-    let at_destination = |error| ImageError::Destination {
-        path: destination.into(),
-        source: error,
-    };
-    let kind = fs::metadata(source).map_err(at_source)?;
-    if kind.is_dir() {
-        return pack(source, source, directory, destination, progress);
-    }
-    if kind.file_type().is_block_device() || !(kind.is_file() || kind.file_type().is_fifo()) {
-        return Err(ImageError::NotAnArchive(source.into()));
-    }
-
-    let scratch = Builder::new()
-        .prefix(".picovm-unpack-")
-        .tempdir_in(directory)
-        .map_err(at_destination)?;
-    let root = scratch.path().join("root");
-    let file = File::open(source).map_err(at_source)?;
-    fs::create_dir(&root).map_err(at_destination)?;
-    let size = kind.len();
-    let result = unpack(file, &root, &Limits::default(), &mut |entries, read| {
-        progress(Progress::Unpacking { entries, read, size });
-    });
-    match result {
-        Ok(()) => pack(source, &root, directory, destination, progress),
-        Err(UnpackError::NotAnArchive) => Err(ImageError::NotAnArchive(source.into())),
-        Err(error) => Err(ImageError::Unpack {
-            path: source.into(),
-            source: error,
-        }),
-    }
+    pack(&tree, directory_of(destination), destination, progress)
 }
 
-/// Makes the EROFS file of the tree at `root`, which came from `source`.
+/// A tree that an image is made of.
+struct Unpacked<'a> {
+    /// Where it came from.
+    source: &'a Path,
+    /// Where it is.
+    root: &'a Path,
+    /// Paths in it that do not count.
+    left_out: &'a [PathBuf],
+}
+
+/// Makes the EROFS file of a tree.
 fn pack(
-    source: &Path,
-    root: &Path,
+    tree: &Unpacked<'_>,
     directory: &Path,
     destination: &Path,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ImageInfo, ImageError> {
+    let Unpacked {
+        source,
+        root,
+        left_out,
+    } = *tree;
     progress(Progress::Scanning);
     let (entries, content) = census(root)?;
+    let entries = entries.saturating_sub(left_out.len() as u64);
     if entries == 0 {
         return Err(ImageError::Empty(source.into()));
     }
@@ -268,6 +276,11 @@ fn pack(
         .map(OsString::from)
         .to_vec();
     arguments.push(format!("-U{FILE_SYSTEM_UUID}").into());
+    for path in left_out {
+        let mut argument = OsString::from("--exclude-path=");
+        argument.push(path);
+        arguments.push(argument);
+    }
     // mkfs.erofs takes a file system without extended attributes for a broken one.
     let attributes = rustix::fs::listxattr(root, &mut [0u8; 0]);
     if attributes == Err(rustix::io::Errno::OPNOTSUPP) {

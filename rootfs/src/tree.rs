@@ -17,7 +17,7 @@
     )
 )]
 
-mod attributes;
+pub(crate) mod attributes;
 mod removal;
 
 use std::collections::{HashMap, HashSet};
@@ -57,10 +57,10 @@ pub(crate) struct Tree {
     last_parent: Option<(PathBuf, OwnedFd)>,
     /// Modification times of directories, to be set when nothing is created in them any more.
     directory_times: HashMap<PathBuf, (i64, u32)>,
-    /// What the layer that is unpacked now has made, by inode of the directory and name. Nothing outside of layers.
-    own: Option<HashSet<(u64, OsString)>>,
-    /// Whether there are layers below.
-    upper: bool,
+    /// What the layer that is unpacked now has made, by inode of the directory and name.
+    own: HashSet<(u64, OsString)>,
+    /// Layers that have begun.
+    layers: usize,
 }
 
 /// Where an entry goes.
@@ -86,15 +86,15 @@ impl Tree {
             root,
             last_parent: None,
             directory_times: HashMap::from([(PathBuf::from("."), (0, 0))]),
-            own: None,
-            upper: false,
+            own: HashSet::new(),
+            layers: 0,
         })
     }
 
     /// From here on, entries are those of the next layer.
     pub(crate) fn begin_layer(&mut self) {
-        self.upper = self.own.is_some();
-        self.own = Some(HashSet::new());
+        self.layers = self.layers.saturating_add(1);
+        self.own.clear();
         self.last_parent = None;
     }
 
@@ -132,17 +132,15 @@ impl Tree {
                     why: "it would replace the root directory",
                 });
             }
-            Place::Below(parent, last) if self.own.is_some() && last.as_bytes().starts_with(WHITEOUT) => {
+            Place::Below(parent, last) if last.as_bytes().starts_with(WHITEOUT) => {
                 return self.white_out(parent, last, &shown);
             }
             Place::Below(parent, last) => (self.parent(parent, &shown)?, last),
         };
-        if let Some(own) = &mut self.own {
-            own.insert((
-                inode(&parent).map_err(failed("look at the directory"))?,
-                last.into(),
-            ));
-        }
+        self.own.insert((
+            inode(&parent).map_err(failed("look at the directory"))?,
+            last.into(),
+        ));
         if !kind.is_dir() {
             self.remove_older(&parent, last)
                 .map_err(failed("replace the older entry"))?;
@@ -364,7 +362,7 @@ impl Tree {
     /// Takes away what lower layers have.
     fn white_out(&mut self, parent: &Path, last: &OsStr, shown: &str) -> Result<(), UnpackError> {
         let name = last.as_bytes();
-        if !self.upper || (name.starts_with(RESERVED) && name != OPAQUE) {
+        if self.layers < 2 || (name.starts_with(RESERVED) && name != OPAQUE) {
             return Ok(());
         }
         let hidden = name.strip_prefix(WHITEOUT).unwrap_or_default();
@@ -387,7 +385,7 @@ impl Tree {
             }
         };
         self.last_parent = None;
-        let own = self.own.as_ref();
+        let own = Some(&self.own);
         let removed = if name == OPAQUE {
             removal::remove_children(&directory, own).map(|_| ())
         } else {
@@ -463,6 +461,12 @@ pub(crate) fn inner_path(name: &[u8]) -> Result<PathBuf, &'static str> {
         }
     }
     Ok(path)
+}
+
+/// Whether an entry of a layer takes away what lower ones have, and makes nothing.
+pub(crate) fn is_whiteout(path: &Path) -> bool {
+    path.file_name()
+        .is_some_and(|name| name.as_bytes().starts_with(WHITEOUT))
 }
 
 fn place(path: &Path) -> Place<'_> {

@@ -1,5 +1,4 @@
-//! Unpacks tar archives from an untrusted source into a directory, and nowhere else: one, or the layers of an image one over
-//! the other.
+//! Unpacks tar archives from an untrusted source into a directory, and nowhere else: the layers of an image one over the other.
 
 // What a guest or a file says must not end this process.
 #![cfg_attr(
@@ -25,7 +24,7 @@ use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use sha2::{Digest, Sha256};
 
-use crate::archive::Reader;
+use crate::archive::{Entry, Reader};
 use crate::tree::Tree;
 pub use listing::{Item, each_file};
 
@@ -102,6 +101,14 @@ pub struct Limits {
     pub entries: u64,
 }
 
+impl Limits {
+    /// Any size: for what is there already.
+    pub const NONE: Self = Self {
+        bytes: u64::MAX,
+        entries: u64::MAX,
+    };
+}
+
 impl Default for Limits {
     /// 64 GiB and 4 million entries.
     fn default() -> Self {
@@ -113,22 +120,7 @@ impl Default for Limits {
 }
 
 /// Calls of `progress` are this many entries apart.
-const PROGRESS_EVERY: u64 = 256;
-
-/// Unpacks `archive` into the empty directory `root`. `progress` gets entries so far and bytes of the archive read.
-///
-/// # Errors
-/// [`UnpackError`]. What is in `root` then is of no use.
-pub fn unpack(
-    archive: File,
-    root: &Path,
-    limits: &Limits,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<(), UnpackError> {
-    let mut tree = Tree::open(root)?;
-    add(archive, &mut tree, None, &mut Budget::new(limits), progress)?;
-    tree.finish()
-}
+pub(crate) const PROGRESS_EVERY: u64 = 256;
 
 /// Layers, to be unpacked one over the other.
 pub struct Layers {
@@ -160,7 +152,27 @@ impl Layers {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<(), UnpackError> {
         self.tree.begin_layer();
-        add(archive, &mut self.tree, Some(diff_id), &mut self.budget, progress)
+        let stored = Counter::new(archive);
+        let read = stored.count.clone();
+        let plain = Hashed::new(decompress(BufReader::with_capacity(1 << 17, stored))?);
+        let tree = &mut self.tree;
+        // Truncation is found by the digest, and there are layers that have no end mark.
+        let plain = each_entry(plain, true, &mut self.budget, &mut |entry, archive| {
+            tree.add(entry, archive)?;
+            if archive.entries().saturating_sub(1).is_multiple_of(PROGRESS_EVERY) {
+                progress(archive.entries(), read.load(Ordering::Relaxed));
+            }
+            Ok(())
+        })?;
+        let actual = plain.digest();
+        if actual == diff_id {
+            Ok(())
+        } else {
+            Err(UnpackError::Digest {
+                actual,
+                expected: diff_id.to_owned(),
+            })
+        }
     }
 
     /// Has to be called after the last.
@@ -173,14 +185,14 @@ impl Layers {
 }
 
 /// What may still be unpacked.
-struct Budget {
+pub(crate) struct Budget {
     limits: Limits,
     bytes: u64,
     entries: u64,
 }
 
 impl Budget {
-    fn new(limits: &Limits) -> Self {
+    pub(crate) fn new(limits: &Limits) -> Self {
         Self {
             limits: *limits,
             bytes: limits.bytes,
@@ -195,7 +207,7 @@ impl Budget {
             .saturating_add(self.limits.entries.saturating_mul(2048))
     }
 
-    fn take(&mut self, entry: &crate::archive::Entry) -> Result<(), UnpackError> {
+    fn take(&mut self, entry: &Entry) -> Result<(), UnpackError> {
         let exceeded = |what, limit| UnpackError::Limit {
             entry: String::from_utf8_lossy(&entry.name).into_owned(),
             what,
@@ -213,52 +225,31 @@ impl Budget {
     }
 }
 
-/// Unpacks one archive.
-fn add(
-    archive: File,
-    tree: &mut Tree,
-    diff_id: Option<&str>,
+/// Shows the entries of an archive, uncompressed, one after the other to `each`, reads it to its end, and gives it back.
+pub(crate) fn each_entry<R: Read>(
+    plain: R,
+    lenient: bool,
     budget: &mut Budget,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<(), UnpackError> {
-    let stored = Counter::new(archive);
-    let read = stored.count.clone();
-    let plain = decompress(BufReader::with_capacity(1 << 17, stored))?;
-    let plain = Hashed {
+    each: &mut Each<'_, R>,
+) -> Result<R, UnpackError> {
+    let bounded = Bounded {
         inner: BufReader::with_capacity(1 << 17, plain),
-        hasher: diff_id.map(|_| Sha256::new()),
         left: budget.stream(),
     };
-    // Truncation is found by the digest where there is one, and there are layers that have no end mark.
-    let mut archive = Reader::new(plain, diff_id.is_some());
-    let mut entries = 0u64;
+    let mut archive = Reader::new(bounded, lenient);
     while let Some(entry) = archive.next()? {
         if entry.kind.is_pax_global_extensions() {
             continue;
         }
         budget.take(&entry)?;
-        tree.add(&entry, &mut archive)?;
-        if entries.is_multiple_of(PROGRESS_EVERY) {
-            progress(entries, read.load(Ordering::Relaxed));
-        }
-        entries = entries.saturating_add(1);
+        each(&entry, &mut archive)?;
     }
     let entries = archive.entries();
-    // What follows is padding, but with it comes the compression's own checksum, and it counts for the digest.
+    // What follows is padding, but with it comes the compression's own checksum, it counts for the digest, and who writes into a pipe
+    // wants it to be read.
     let mut rest = archive.into_inner();
-    let damaged = |source| UnpackError::Damaged { entries, source };
-    io::copy(&mut rest, &mut io::sink()).map_err(damaged)?;
-    progress(entries, read.load(Ordering::Relaxed));
-    if let (Some(expected), Some(hasher)) = (diff_id, rest.hasher) {
-        let actual = sha256(hasher);
-        if actual != expected {
-            return Err(UnpackError::Digest {
-                actual,
-                expected: expected.to_owned(),
-            });
-        }
-    }
-    Ok(())
+    io::copy(&mut rest, &mut io::sink()).map_err(|source| UnpackError::Damaged { entries, source })?;
+    Ok(rest.inner.into_inner())
 }
 
 /// A digest as OCI writes it.
@@ -274,14 +265,20 @@ pub fn sha256(hasher: Sha256) -> String {
         })
 }
 
+/// An archive whose entries are shown.
+pub(crate) type Archive<R> = Reader<Bounded<BufReader<R>>>;
+
+/// Looks at an entry, and reads its content if it likes.
+type Each<'a, R> = dyn FnMut(&Entry, &mut Archive<R>) -> Result<(), UnpackError> + 'a;
+
 /// Counts the bytes that are read through it.
-struct Counter<R> {
+pub(crate) struct Counter<R> {
     inner: R,
-    count: Arc<AtomicU64>,
+    pub(crate) count: Arc<AtomicU64>,
 }
 
 impl<R> Counter<R> {
-    fn new(inner: R) -> Self {
+    pub(crate) fn new(inner: R) -> Self {
         Self {
             inner,
             count: Arc::default(),
@@ -297,38 +294,72 @@ impl<R: Read> Read for Counter<R> {
     }
 }
 
-/// Computes the digest of the bytes that are read through it, and ends a stream that does not end itself.
-struct Hashed<R> {
+/// Computes the digest of the bytes that are read through it.
+pub(crate) struct Hashed<R> {
     inner: R,
-    hasher: Option<Sha256>,
-    left: u64,
+    hasher: Sha256,
+}
+
+impl<R> Hashed<R> {
+    pub(crate) fn new(inner: R) -> Self {
+        Self {
+            inner,
+            hasher: Sha256::new(),
+        }
+    }
+
+    pub(crate) fn digest(self) -> String {
+        sha256(self.hasher)
+    }
 }
 
 impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.hasher.update(buffer.get(..count).unwrap_or_default());
+        Ok(count)
+    }
+}
+
+/// Ends a stream that does not end itself.
+pub(crate) struct Bounded<R> {
+    inner: R,
+    left: u64,
+}
+
+impl<R: Read> Read for Bounded<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         self.left = self
             .left
             .checked_sub(count as u64)
             .ok_or_else(|| io::Error::other("uncompressed, it is larger than an image may be"))?;
-        if let Some(hasher) = &mut self.hasher {
-            hasher.update(buffer.get(..count).unwrap_or_default());
-        }
         Ok(count)
     }
 }
 
 /// The content of a file that may be compressed by gzip, zstd or xz, as its first bytes say.
-fn decompress<R: Read + 'static>(mut stored: BufReader<R>) -> Result<Box<dyn Read>, UnpackError> {
-    let start = stored
-        .fill_buf()
-        .map_err(|source| UnpackError::Damaged { entries: 0, source })?;
-    Ok(match start {
+pub(crate) fn decompress<'a, R: Read + 'a>(
+    mut stored: BufReader<R>,
+) -> Result<Box<dyn Read + 'a>, UnpackError> {
+    Ok(match start(&mut stored)? {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(stored)),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(Zstd::new(stored)),
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Box::new(lzma_rust2::XzReader::new(stored, true)),
+        start if is_xz(start) => Box::new(lzma_rust2::XzReader::new(stored, true)),
         _ => Box::new(stored),
     })
+}
+
+/// The first bytes of a file.
+pub(crate) fn start<R: Read>(stored: &mut BufReader<R>) -> Result<&[u8], UnpackError> {
+    stored
+        .fill_buf()
+        .map_err(|source| UnpackError::Damaged { entries: 0, source })
+}
+
+/// Whether a file that begins so is compressed by xz.
+pub(crate) fn is_xz(start: &[u8]) -> bool {
+    start.starts_with(&[0xfd, b'7', b'z', b'X', b'Z', 0])
 }
 
 /// A sequence of zstd frames, as parallel compressors write it. Frames that are to be skipped are: tools put a list of an

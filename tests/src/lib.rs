@@ -19,7 +19,7 @@ use picovm_vmm::Template;
 /// Name of the image that everything runs on.
 pub const IMAGE: &str = "debian";
 
-/// A store of its own that shares the image's file with the common one: templates and names are not shared.
+/// A store of its own that shares the image's file and content with the common one: templates and names are not shared.
 pub struct OwnStore {
     directory: tempfile::TempDir,
     /// The store.
@@ -49,6 +49,12 @@ impl OwnStore {
                 .with_context(|| format!("there is no image {name}; `make images` puts it into the store"))?;
             let file = image.file.file_name().context("the image has no file name")?;
             std::os::unix::fs::symlink(&image.file, directory.path().join("images/files").join(file))?;
+            let content = directory.path().join("images/blobs/sha256");
+            fs::create_dir_all(&content)?;
+            for blob in image.content()? {
+                let name = blob.file_name().context("content has no name")?;
+                std::os::unix::fs::symlink(&blob, content.join(name))?;
+            }
             let record = Path::new("images/names").join(format!("{name}.json"));
             fs::copy(common.root().join(&record), directory.path().join(&record))?;
         }

@@ -1,22 +1,17 @@
 //! Images made of what a container has changed: its image's layers and one more.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
-use std::process::Command;
+use std::collections::BTreeSet;
+use std::io::{self, Read};
 
 use picovm_rootfs::image::Limits;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::blobs::{Blobs, Digest};
+use super::content::descriptor;
 use super::install::ImageActivity;
-use super::{BUILDING, History, Image, ImageName, ImagesError, RunConfig};
+use super::{History, Image, ImageName, ImagesError, RunConfig};
 use crate::error::EngineError;
 use crate::store::Store;
 
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
 /// What an image is to say of itself.
@@ -36,10 +31,10 @@ pub struct Commit<'a> {
 
 impl Store {
     /// Makes an image of another one and a layer above it, a tar archive with whiteouts as the OCI image specification has them; none
-    /// if nothing was changed. An image that was built from a root file system gets that as its first layer.
+    /// if nothing was changed.
     ///
     /// # Errors
-    /// [`ImagesError::Name`], [`ImagesError::Document`], [`EngineError::Image`], [`EngineError::Store`], [`EngineError::Host`].
+    /// [`ImagesError::Name`], [`ImagesError::Built`], [`ImagesError::Document`], [`EngineError::Image`], [`EngineError::Store`].
     pub fn commit_image(
         &self,
         parent: &Image,
@@ -60,18 +55,8 @@ impl Store {
         blobs.prepare()?;
         let created = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Nanos, true);
         let mut config = parent.config()?;
-        let mut layers = match parent.manifest_bytes()? {
-            Some(bytes) => layers_of(parent, &bytes)?,
-            None => {
-                let (digest, size) = self.root_layer(parent, &blobs)?;
-                config.rootfs.diff_ids = vec![digest.to_string()];
-                config.history = vec![History {
-                    created_by: Some(format!("picovm image build {}", parent.source.display())),
-                    ..History::default()
-                }];
-                vec![descriptor(LAYER, &digest, size)]
-            }
-        };
+        let manifest = parent.manifest_bytes()?.ok_or_else(|| parent.without_layers())?;
+        let mut layers = layers_of(parent, &manifest)?;
         let is_changed = layer.is_some();
         if let Some(layer) = layer {
             let mut writer = blobs.writer()?;
@@ -91,16 +76,7 @@ impl Store {
             comment: commit.comment,
             empty_layer: !is_changed,
         });
-        let bytes = serde_json::to_vec(&config)
-            .map_err(|error| EngineError::store("encode", blobs.directory())(error.into()))?;
-        let digest = blobs.put(&bytes)?;
-        let manifest = json!({
-            "schemaVersion": 2,
-            "mediaType": MANIFEST,
-            "config": descriptor(CONFIG, &digest, bytes.len() as u64),
-            "layers": layers,
-        });
-        let digest = blobs.put(manifest.to_string().as_bytes())?;
+        let digest = self.put_image(&config, layers, &mut BTreeSet::new())?;
         let image = self.install(&digest, &parent.source, &Limits::default(), activity)?;
         match name {
             Some(name) => Ok(self.name_image(&image, &name)?.0),
@@ -110,47 +86,6 @@ impl Store {
             }
         }
     }
-
-    /// The root file system of an image without layers, as a layer.
-    fn root_layer(&self, image: &Image, blobs: &Blobs) -> Result<(Digest, u64), EngineError> {
-        let failed = |reason: String| ImagesError::Document {
-            what: format!("the root file system of image {}", image.shown()),
-            reason,
-        };
-        if !rustix::process::geteuid().is_root() {
-            return Err(failed(
-                "it was built from a directory or an archive, and only root can make a layer of it that keeps its owners".into(),
-            )
-            .into());
-        }
-        let scratch = tempfile::Builder::new()
-            .prefix(BUILDING)
-            .tempdir_in(self.files())
-            .map_err(EngineError::store("create a directory in", &self.files()))?;
-        let root = scratch.path().join("root");
-        let output = Command::new("fsck.erofs")
-            .arg(format!("--extract={}", root.display()))
-            .arg("--preserve")
-            .arg(&image.file)
-            .output()
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::NotFound => {
-                    failed("fsck.erofs is not installed: `apt-get install erofs-utils`".into())
-                }
-                _ => failed(format!("fsck.erofs: {error}")),
-            })?;
-        if !output.status.success() {
-            let told = String::from_utf8_lossy(&output.stderr);
-            return Err(failed(format!("fsck.erofs cannot unpack it: {}", told.trim())).into());
-        }
-        let mut writer = blobs.writer()?;
-        archive(&root, &mut writer).map_err(EngineError::store("make a layer of", &root))?;
-        writer.finish()
-    }
-}
-
-fn descriptor(media_type: &str, digest: &Digest, size: u64) -> Value {
-    json!({ "mediaType": media_type, "digest": digest.as_str(), "size": size })
 }
 
 /// The layers of a manifest, as one of OCI names them.
@@ -180,64 +115,11 @@ fn layers_of(image: &Image, manifest: &[u8]) -> Result<Vec<Value>, EngineError> 
     Ok(layers)
 }
 
-/// Writes a directory's content as an archive, the same for the same content.
-fn archive(root: &Path, to: impl Write) -> io::Result<()> {
-    let mut archive = tar::Builder::new(to);
-    archive.follow_symlinks(false);
-    add(&mut archive, root, Path::new(""))?;
-    archive.into_inner()?.flush()
-}
-
-fn add(archive: &mut tar::Builder<impl Write>, root: &Path, inside: &Path) -> io::Result<()> {
-    let mut names: Vec<_> = fs::read_dir(root.join(inside))?
-        .map(|entry| entry.map(|entry| entry.file_name()))
-        .collect::<io::Result<_>>()?;
-    names.sort();
-    for name in names {
-        let inside = inside.join(name);
-        let path = root.join(&inside);
-        let metadata = fs::symlink_metadata(&path)?;
-        if metadata.is_dir() {
-            archive.append_dir(&inside, &path)?;
-            add(archive, root, &inside)?;
-        } else if metadata.is_file() {
-            archive.append_file(&inside, &mut File::open(&path)?)?;
-        } else if metadata.is_symlink() {
-            archive.append_path_with_name(&path, &inside)?;
-        } else {
-            add_special(archive, &metadata, &inside)?;
-        }
-    }
-    Ok(())
-}
-
-/// Adds a device or a pipe. Others are nothing without who has made them.
-fn add_special(
-    archive: &mut tar::Builder<impl Write>,
-    metadata: &fs::Metadata,
-    inside: &Path,
-) -> io::Result<()> {
-    let kind = metadata.file_type();
-    let entry = if kind.is_char_device() {
-        tar::EntryType::Char
-    } else if kind.is_block_device() {
-        tar::EntryType::Block
-    } else if kind.is_fifo() {
-        tar::EntryType::Fifo
-    } else {
-        return Ok(());
-    };
-    let mut header = tar::Header::new_gnu();
-    header.set_metadata(metadata);
-    header.set_entry_type(entry);
-    header.set_size(0);
-    header.set_device_major(rustix::fs::major(metadata.rdev()))?;
-    header.set_device_minor(rustix::fs::minor(metadata.rdev()))?;
-    archive.append_data(&mut header, inside, io::empty())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, File};
+    use std::process::Command;
+
     use super::super::LoadSource;
     use super::*;
     use crate::LoadOptions;

@@ -2,6 +2,7 @@
 
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 use super::blobs::Digest;
 use super::{ImageConfig, ImagesError};
@@ -85,6 +86,11 @@ impl std::str::FromStr for Platform {
             variant: variant.map(|variant| (*variant).into()),
         })
     }
+}
+
+/// What a manifest says of content.
+pub(super) fn descriptor(media_type: &str, digest: &Digest, size: u64) -> Value {
+    json!({ "mediaType": media_type, "digest": digest.as_str(), "size": size })
 }
 
 /// What a document is.

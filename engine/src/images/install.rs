@@ -1,17 +1,21 @@
 //! Making an image of content that is in the store: its layers become one EROFS file.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use picovm_rootfs::image::{self, ImageInfo, Layer, Limits, Progress};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::blobs::{Digest, check};
-use super::content::{Manifest, chain_id, parse_config, parse_manifest};
-use super::{Image, ImagesError, now};
+use super::content::{Manifest, chain_id, descriptor, parse_config, parse_manifest};
+use super::{Image, ImageConfig, ImagesError, now};
 use crate::error::EngineError;
 use crate::store::{self, Lock, Store};
 
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// Begins the name of a directory for what is being loaded.
 pub(super) const LOADING: &str = ".loading-";
 
@@ -47,6 +51,30 @@ pub enum ImageActivity {
 }
 
 impl Store {
+    /// Puts down the configuration and the manifest of an image whose layers, as descriptors, are in the store; the manifest's digest.
+    /// What is put down is added to `content`.
+    pub(super) fn put_image(
+        &self,
+        config: &ImageConfig,
+        layers: Vec<Value>,
+        content: &mut BTreeSet<Digest>,
+    ) -> Result<Digest, EngineError> {
+        let blobs = self.blobs();
+        let bytes = serde_json::to_vec(config)
+            .map_err(|error| EngineError::store("encode", blobs.directory())(error.into()))?;
+        let digest = blobs.put(&bytes)?;
+        content.insert(digest.clone());
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": descriptor(CONFIG, &digest, bytes.len() as u64),
+            "layers": layers,
+        });
+        let digest = blobs.put(manifest.to_string().as_bytes())?;
+        content.insert(digest.clone());
+        Ok(digest)
+    }
+
     /// Makes the image of a manifest whose configuration and layers are in the store. It has no name yet, so the caller must
     /// hold the lock of [`Store::adding`].
     pub(super) fn install(
@@ -99,18 +127,12 @@ impl Store {
         limits: &Limits,
         activity: &mut dyn FnMut(ImageActivity),
     ) -> Result<FileRecord, EngineError> {
-        let file = self.image_file(chain.hex());
-        let record = self.files().join(format!("{}.json", chain.hex()));
-        let there = || -> Option<FileRecord> {
-            let known: FileRecord = serde_json::from_slice(&fs::read(&record).ok()?).ok()?;
-            (fs::metadata(&file).ok()?.len() == known.bytes).then_some(known)
-        };
-        if let Some(known) = there() {
+        if let Some(known) = self.known_file(chain) {
             return Ok(known);
         }
         // One at a time: that is as fast, and two that need the same image make it once.
         let _lock = Lock::take(&self.unpack_lock())?;
-        if let Some(known) = there() {
+        if let Some(known) = self.known_file(chain) {
             return Ok(known);
         }
         let blobs = self.blobs();
@@ -128,28 +150,69 @@ impl Store {
                 diff_id: diff_id.clone(),
             });
         }
+        self.make_file(chain, |built| {
+            image::build_layers(layers, built, limits, &mut |progress| {
+                activity(ImageActivity::Building(progress));
+            })
+            .map_err(|source| EngineError::Image {
+                name: manifest.config.digest.to_string(),
+                source,
+            })
+        })
+    }
+
+    /// Makes the file of an image with one layer, of the directory that the layer was made of.
+    pub(super) fn pack_directory(
+        &self,
+        diff_id: &str,
+        directory: &Path,
+        left_out: &[PathBuf],
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(), EngineError> {
+        let _lock = Lock::take(&self.unpack_lock())?;
+        let Some(chain) = Digest::parse(diff_id).filter(|chain| self.known_file(chain).is_none()) else {
+            return Ok(());
+        };
+        self.make_file(&chain, |built| {
+            image::build_directory(directory, left_out, built, progress).map_err(|source| {
+                EngineError::Image {
+                    name: diff_id.to_owned(),
+                    source,
+                }
+            })
+        })?;
+        Ok(())
+    }
+
+    /// What is known of the file of a chain of layers, if it is there.
+    fn known_file(&self, chain: &Digest) -> Option<FileRecord> {
+        let known: FileRecord = serde_json::from_slice(&fs::read(self.file_record(chain)).ok()?).ok()?;
+        let size = fs::metadata(self.image_file(chain.hex())).ok()?.len();
+        (size == known.bytes).then_some(known)
+    }
+
+    fn file_record(&self, chain: &Digest) -> PathBuf {
+        self.files().join(format!("{}.json", chain.hex()))
+    }
+
+    /// Makes the file of a chain of layers, by `make` where it is told to, and keeps what is known of it.
+    fn make_file(
+        &self,
+        chain: &Digest,
+        make: impl FnOnce(&Path) -> Result<ImageInfo, EngineError>,
+    ) -> Result<FileRecord, EngineError> {
+        let (file, record) = (self.image_file(chain.hex()), self.file_record(chain));
         let partial = tempfile::Builder::new()
             .prefix(super::BUILDING)
             .tempdir_in(self.files())
             .map_err(EngineError::store("create a directory in", &self.files()))?;
         let built = partial.path().join("image.erofs");
-        let ImageInfo {
-            digest: blake3,
-            size: bytes,
-            entries,
-            ..
-        } = image::build_layers(layers, &built, limits, &mut |progress| {
-            activity(ImageActivity::Building(progress));
-        })
-        .map_err(|source| EngineError::Image {
-            name: manifest.config.digest.to_string(),
-            source,
-        })?;
+        let info = make(&built)?;
         fs::rename(&built, &file).map_err(EngineError::store("create", &file))?;
         let known = FileRecord {
-            blake3,
-            bytes,
-            entries,
+            blake3: info.digest,
+            bytes: info.size,
+            entries: info.entries,
         };
         let bytes = serde_json::to_vec(&known)
             .map_err(|error| EngineError::store("encode", &record)(error.into()))?;

@@ -99,13 +99,14 @@ pub enum ImagesError {
         /// What is wrong with it.
         reason: String,
     },
-    /// An image has no layers that could be saved.
+    /// An image has no layers that could be saved or put another one above.
     #[error(
-        "image {name} cannot be saved: it was built from {}, and only its root file system is kept, not in layers",
+        "image {name} has no layers that could be saved or committed with others: an older picovm built it from {} and kept none. \
+         `picovm image build` builds it again, with one, and containers can then be made of the new image",
         from.display()
     )]
     Built {
-        /// What was given.
+        /// The image.
         name: String,
         /// What it was built from.
         from: PathBuf,
@@ -126,7 +127,7 @@ pub struct Image {
     /// Its name, without what goes without saying; empty if it has none.
     pub name: String,
     /// What tells its root file system from others, 64 hexadecimal digits: the chain id of its layers (OCI image
-    /// specification, "Layer ChainID"), or BLAKE3 of its file if it was built from a directory or an archive.
+    /// specification, "Layer ChainID"), or BLAKE3 of its file if it has none.
     pub digest: String,
     /// Size of its file in bytes.
     pub bytes: u64,
@@ -136,7 +137,7 @@ pub struct Image {
     pub created: u64,
     /// What it was made from.
     pub source: PathBuf,
-    /// Digest of its manifest; none if it was built from a directory or an archive.
+    /// Digest of its manifest; none if it has no layers, as one that an older version has built from a directory or an archive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest: Option<String>,
     /// Digest of its configuration, likewise.
@@ -177,7 +178,7 @@ impl Image {
         id.split_once(':').map_or("", |(_, digits)| digits).to_owned()
     }
 
-    /// Its configuration: what a container of it runs. One that was built from a directory or an archive has an empty one.
+    /// Its configuration: what a container of it runs. That of an image without layers is empty.
     ///
     /// # Errors
     /// [`EngineError::Store`], [`EngineError::Record`], [`ImagesError::Document`].
@@ -200,14 +201,37 @@ impl Image {
         Ok(self.document(self.manifest.as_deref())?.map(|(_, bytes)| bytes))
     }
 
+    /// The files in the store of its manifest, its configuration and its layers.
+    ///
+    /// # Errors
+    /// [`EngineError::Store`], [`EngineError::Record`], [`ImagesError::Document`].
+    pub fn content(&self) -> Result<Vec<PathBuf>, EngineError> {
+        let blobs = self.blobs();
+        let content = content_of(&blobs, self)?;
+        Ok(content.iter().map(|digest| blobs.path(digest)).collect())
+    }
+
+    fn without_layers(&self) -> EngineError {
+        ImagesError::Built {
+            name: self.shown(),
+            from: self.source.clone(),
+        }
+        .into()
+    }
+
+    /// The content of the store that it is in.
+    fn blobs(&self) -> Blobs {
+        // images/files/KEY.erofs and images/blobs/sha256 lie in the same store.
+        let images = self.file.parent().and_then(Path::parent).unwrap_or(Path::new(""));
+        Blobs::new(images.join("blobs/sha256"))
+    }
+
     /// Its manifest and configuration among the store's content.
     fn document(&self, digest: Option<&str>) -> Result<Option<(Digest, Vec<u8>)>, EngineError> {
         let Some(digest) = digest.and_then(Digest::parse) else {
             return Ok(None);
         };
-        // images/files/KEY.erofs and images/blobs/sha256 lie in the same store.
-        let images = self.file.parent().and_then(Path::parent).unwrap_or(Path::new(""));
-        let bytes = Blobs::new(images.join("blobs/sha256")).document(&digest)?;
+        let bytes = self.blobs().document(&digest)?;
         Ok(Some((digest, bytes)))
     }
 }

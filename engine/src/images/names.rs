@@ -188,14 +188,19 @@ impl Store {
 
     /// Removes what only this image needed, which has no record any more; `false` if content is being added, for which it may
     /// be needed.
-    fn collect_image(&self, image: &Image) -> Result<bool, EngineError> {
+    pub(super) fn collect_image(&self, image: &Image) -> Result<bool, EngineError> {
+        // One whose manifest is damaged has nothing that could be told from other content; prune finds it.
+        let content = content_of(&self.blobs(), image).unwrap_or_default();
+        self.collect(content, &image.digest)
+    }
+
+    /// Removes content and an image's file but for what an image needs that has a record; `false` if content is being added.
+    pub(super) fn collect(&self, mut content: BTreeSet<Digest>, file: &str) -> Result<bool, EngineError> {
         let Some(_alone) = Lock::try_take(&self.images_lock())? else {
             return Ok(false);
         };
         let images = self.images()?;
         let blobs = self.blobs();
-        // One whose manifest is damaged has nothing that could be told from other content; prune finds it.
-        let mut content = content_of(&blobs, image).unwrap_or_default();
         for other in &images {
             for digest in content_of(&blobs, other)? {
                 content.remove(&digest);
@@ -204,8 +209,8 @@ impl Store {
         for digest in content {
             store::remove(&blobs.path(&digest))?;
         }
-        if !images.iter().any(|other| other.digest == image.digest) {
-            self.remove_file(&image.digest)?;
+        if !images.iter().any(|other| other.digest == file) {
+            self.remove_file(file)?;
         }
         Ok(true)
     }

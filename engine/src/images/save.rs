@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::blobs::{Blobs, Digest};
 use super::content::parse_manifest;
 use super::load::{NAME_ANNOTATION, REF_ANNOTATION};
-use super::{Image, ImageName, ImagesError, name};
+use super::{Image, ImageName, name};
 use crate::error::EngineError;
 use crate::store::{Lock, Store};
 
@@ -18,8 +18,7 @@ impl Store {
     /// Writes images, with the names that are given, as a tar archive. The same images give the same bytes.
     ///
     /// # Errors
-    /// As [`Store::image`]; [`ImagesError::Built`] for an image that was built from a directory or an archive and has no
-    /// layers.
+    /// As [`Store::image`]; [`super::ImagesError::Built`] for an image that has no layers.
     pub fn save_images(&self, names: &[&str], to: &mut dyn Write) -> Result<(), EngineError> {
         // Nothing is collected meanwhile.
         let _lock = Lock::share(&self.images_lock())?;
@@ -29,13 +28,8 @@ impl Store {
         let mut content: BTreeSet<Digest> = BTreeSet::new();
         for text in names {
             let image = self.image(text)?;
-            let Some(digest) = image.manifest.as_deref().and_then(Digest::parse) else {
-                return Err(ImagesError::Built {
-                    name: (*text).to_owned(),
-                    from: image.source,
-                }
-                .into());
-            };
+            let digest = image.manifest.as_deref().and_then(Digest::parse);
+            let digest = digest.ok_or_else(|| image.without_layers())?;
             let bytes = blobs.document(&digest)?;
             let manifest = parse_manifest(&digest, &bytes)?;
             let name = self.name_to_save(text, &image)?;

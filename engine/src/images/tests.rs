@@ -1,4 +1,4 @@
-//! What the store does with images that are built.
+//! What the store does with images that are loaded.
 
 use super::*;
 
@@ -6,13 +6,6 @@ fn store() -> (tempfile::TempDir, Store) {
     let directory = tempfile::tempdir().unwrap();
     let store = Store::open(&directory.path().join("store")).unwrap();
     (directory, store)
-}
-
-fn tree(directory: &Path, content: &str) -> PathBuf {
-    let tree = directory.join("tree");
-    fs::create_dir_all(tree.join("bin")).unwrap();
-    fs::write(tree.join("bin/file"), content).unwrap();
-    tree
 }
 
 #[test]
@@ -31,44 +24,6 @@ fn names_cannot_leave_the_store() {
         store.image("debian:12"),
         Err(EngineError::NoImage { .. })
     ));
-}
-
-#[test]
-fn an_image_is_shared_by_its_names_and_goes_with_the_last() {
-    let (directory, store) = store();
-    let source = tree(directory.path(), "one");
-    let first = store.build_image("first", &source, &mut |_| {}).unwrap();
-    let second = store.build_image("second", &source, &mut |_| {}).unwrap();
-    assert_eq!(first.digest, second.digest);
-    assert_eq!(store.images().unwrap().len(), 2);
-    store.remove_image("first", false).unwrap();
-    assert!(second.file.is_file());
-    store.remove_image("second", false).unwrap();
-    assert!(!second.file.exists());
-    assert!(matches!(
-        store.remove_image("second", false),
-        Err(EngineError::NoImage { .. })
-    ));
-}
-
-#[test]
-fn building_again_replaces_and_an_error_keeps_the_old_one() {
-    let (directory, store) = store();
-    let old = store
-        .build_image("name", &tree(directory.path(), "old"), &mut |_| {})
-        .unwrap();
-    assert!(
-        store
-            .build_image("name", Path::new("/nowhere"), &mut |_| {})
-            .is_err()
-    );
-    assert_eq!(store.image("name").unwrap(), old);
-    let new = store
-        .build_image("name", &tree(directory.path(), "new"), &mut |_| {})
-        .unwrap();
-    assert_ne!(new.digest, old.digest);
-    assert!(!old.file.exists());
-    assert_eq!(fs::read_dir(store.files()).unwrap().count(), 1);
 }
 
 /// An archive of files.

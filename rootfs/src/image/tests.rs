@@ -1,14 +1,24 @@
 //! Images of trees and archives, honest and hostile.
 
 use super::*;
-use std::io::Write;
+use crate::layer;
+use std::io::{Seek, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Output;
 
 use tempfile::TempDir;
 
+/// Makes the layer of a source, and an image of that.
 fn build_quietly(source: &Path, destination: &Path) -> Result<ImageInfo, ImageError> {
-    build(source, destination, &mut |_| {})
+    let mut layer = tempfile::tempfile().unwrap();
+    let made = layer::make(source, &mut layer, &Limits::default(), &mut |_| {})?;
+    layer.rewind().unwrap();
+    let layer = Layer {
+        name: source.display().to_string(),
+        file: layer,
+        diff_id: made.diff_id,
+    };
+    build_layers(vec![layer], destination, &Limits::default(), &mut |_| {})
 }
 
 fn output(program: &str, arguments: &[&str]) -> Output {
@@ -155,7 +165,7 @@ fn a_directory_becomes_an_image_that_fsck_accepts() {
     let place = TempDir::new().unwrap();
     let image = place.path().join("image");
     let mut seen = Vec::new();
-    let info = build(tree.path(), &image, &mut |progress| seen.push(progress)).unwrap();
+    let info = build_directory(tree.path(), &[], &image, &mut |progress| seen.push(progress)).unwrap();
     assert_eq!(info.size, fs::metadata(&image).unwrap().len());
     assert_eq!(info.size % BLOCK_SIZE, 0);
     assert_eq!(info.digest, digest(&image).unwrap());
@@ -190,6 +200,19 @@ fn the_same_content_gives_the_same_digest_from_a_directory_and_an_archive() {
     let (fourth, _) = build_from(&tar_of(tree.path(), &["--format=posix"]));
     assert_eq!(third.unwrap(), first);
     assert_eq!(fourth.unwrap(), first);
+}
+
+#[test]
+fn a_directory_gives_the_image_that_its_layer_gives() {
+    let tree = sample_tree();
+    let socket = tree.path().join("etc/deep/socket");
+    let kind = rustix::fs::FileType::Socket;
+    rustix::fs::mknodat(rustix::fs::CWD, &socket, kind, 0o600.into(), 0).unwrap();
+    let place = TempDir::new().unwrap();
+    let of_layer = build_quietly(tree.path(), &place.path().join("one")).unwrap();
+    let left_out = [PathBuf::from("etc/deep/socket")];
+    let directly = build_directory(tree.path(), &left_out, &place.path().join("two"), &mut |_| {});
+    assert_eq!(directly.unwrap(), of_layer);
 }
 
 #[test]
@@ -276,7 +299,11 @@ fn hostile_entries_are_refused_by_name_and_touch_nothing() {
         let (result, left) = build_from(&archive(&entries));
         let error = result.unwrap_err();
         assert!(
-            matches!(&error, ImageError::Unpack { source: UnpackError::Hostile { entry, .. }, .. } if entry == name),
+            matches!(
+                &error,
+                ImageError::Unpack { source: UnpackError::Hostile { entry, .. }, .. }
+                | ImageError::Layer { source: UnpackError::Hostile { entry, .. }, .. } if entry == name
+            ),
             "{name}: {error}"
         );
         assert_eq!(left, ["archive"], "{name}");

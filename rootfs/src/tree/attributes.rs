@@ -1,4 +1,4 @@
-//! Extended attributes of what is unpacked.
+//! Extended attributes of what is in an image.
 
 // What a guest or a file says must not end this process.
 #![cfg_attr(
@@ -14,7 +14,6 @@
 
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::XattrFlags;
@@ -22,6 +21,9 @@ use rustix::io::Errno;
 use tar::EntryType;
 
 use crate::archive::has_content;
+
+/// Bytes of a value, and of all names together (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
+const SIZE_MAX: usize = 64 << 10;
 
 /// Attributes that are the building machine's and not the image's: labels of its security policy, and what its overlay file
 /// system noted, which the guest's would take for its own.
@@ -57,19 +59,39 @@ pub(super) fn set(
     Ok(())
 }
 
-pub(super) fn clear(parent: &OwnedFd, last: &OsStr) -> rustix::io::Result<()> {
-    let path = path_of(parent, last);
-    let size = match rustix::fs::llistxattr(&path, &mut [0u8; 0]) {
-        Ok(0) | Err(Errno::OPNOTSUPP) => return Ok(()),
+/// The names of what is set, but for what this machine's security policy sets, which is its own matter.
+fn names(path: &Path) -> rustix::io::Result<Vec<CString>> {
+    let mut names = vec![0u8; SIZE_MAX];
+    let size = match rustix::fs::llistxattr(path, &mut names) {
+        Err(Errno::OPNOTSUPP) => 0,
         size => size?,
     };
-    let mut names = vec![0u8; size];
-    let size = rustix::fs::llistxattr(&path, &mut names)?;
-    for name in names.get(..size).unwrap_or_default().split(|byte| *byte == 0) {
-        // What this machine's security policy sets is its own matter.
-        if !name.is_empty() && !is_foreign(name) {
-            rustix::fs::lremovexattr(&path, OsStr::from_bytes(name))?;
-        }
+    let mut names: Vec<CString> = names
+        .get(..size)
+        .unwrap_or_default()
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty() && !is_foreign(name))
+        .filter_map(|name| CString::new(name).ok())
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+/// What is set, by name, in order.
+pub(crate) fn of(path: &Path) -> rustix::io::Result<Vec<(CString, Vec<u8>)>> {
+    let value = |name: CString| {
+        let mut value = vec![0u8; SIZE_MAX];
+        let size = rustix::fs::lgetxattr(path, name.as_c_str(), &mut value)?;
+        value.truncate(size);
+        Ok((name, value))
+    };
+    names(path)?.into_iter().map(value).collect()
+}
+
+pub(super) fn clear(parent: &OwnedFd, last: &OsStr) -> rustix::io::Result<()> {
+    let path = path_of(parent, last);
+    for name in names(&path)? {
+        rustix::fs::lremovexattr(&path, name.as_c_str())?;
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::io::{self, BufReader, Read};
 
-use super::{Budget, Hashed, Limits, UnpackError, decompress};
+use super::{Budget, Limits, UnpackError, decompress, each_entry};
 use crate::archive::{Reader, has_content};
 use crate::tree::inner_path;
 
@@ -19,23 +19,14 @@ pub enum Item<'a> {
 ///
 /// # Errors
 /// [`UnpackError`]; [`UnpackError::Entry`] for what `each` says.
-pub fn each_file<R: Read + 'static>(
+pub fn each_file<R: Read>(
     archive: R,
     limits: &Limits,
     each: &mut dyn FnMut(&str, Item<'_>) -> io::Result<()>,
 ) -> Result<(), UnpackError> {
     let mut budget = Budget::new(limits);
     let plain = decompress(BufReader::with_capacity(1 << 17, archive))?;
-    let mut reader = Reader::new(
-        Hashed {
-            inner: BufReader::with_capacity(1 << 17, plain),
-            hasher: None,
-            left: budget.stream(),
-        },
-        false,
-    );
-    while let Some(entry) = reader.next()? {
-        budget.take(&entry)?;
+    each_entry(plain, false, &mut budget, &mut |entry, reader| {
         let shown = String::from_utf8_lossy(&entry.name).into_owned();
         let hostile = |why| UnpackError::Hostile {
             entry: shown.clone(),
@@ -52,7 +43,7 @@ pub fn each_file<R: Read + 'static>(
                 Item::Link(String::from_utf8_lossy(&entry.link).into_owned()),
             )
         } else if has_content(kind) && entry.pieces.is_none() {
-            each(path, Item::File(&mut Content(&mut reader)))
+            each(path, Item::File(&mut Content(reader)))
         } else {
             Ok(())
         };
@@ -60,12 +51,8 @@ pub fn each_file<R: Read + 'static>(
             entry: shown,
             attempted: "take what is in the archive",
             source,
-        })?;
-    }
-    let entries = reader.entries();
-    // With the rest comes the compression's own checksum, and who writes into a pipe wants it to be read.
-    io::copy(&mut reader.into_inner(), &mut io::sink())
-        .map_err(|source| UnpackError::Damaged { entries, source })?;
+        })
+    })?;
     Ok(())
 }
 

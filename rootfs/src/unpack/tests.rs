@@ -79,6 +79,17 @@ fn digest(bytes: &[u8]) -> String {
     sha256(Sha256::new_with_prefix(bytes))
 }
 
+/// Unpacks one layer.
+fn unpack(bytes: &[u8], root: &Path, limits: &Limits) -> Result<(), UnpackError> {
+    let mut plain = Vec::new();
+    decompress(BufReader::new(file_of(bytes)))?
+        .read_to_end(&mut plain)
+        .unwrap();
+    let mut layers = Layers::new(root, limits)?;
+    layers.add(file_of(bytes), &digest(&plain), &mut |_, _| {})?;
+    layers.finish()
+}
+
 /// Unpacks layers beside nothing else.
 fn layered(layers: &[Vec<u8>]) -> (TempDir, Result<(), UnpackError>) {
     let place = TempDir::new().unwrap();
@@ -293,7 +304,7 @@ fn what_is_larger_than_allowed_is_refused_where_it_gets_too_large() {
     };
     let unpacked = |bytes: &[u8]| {
         let place = TempDir::new().unwrap();
-        unpack(file_of(bytes), place.path(), &limits, &mut |_, _| {})
+        unpack(bytes, place.path(), &limits)
             .map_err(|error| error.to_string())
             .map(|()| place)
     };
@@ -412,17 +423,14 @@ fn zstd_frames_that_are_to_be_skipped_are() {
     ]
     .concat();
     let place = TempDir::new().unwrap();
-    unpack(
-        file_of(&archive),
-        place.path(),
-        &Limits::default(),
-        &mut |_, _| {},
-    )
-    .unwrap();
+    unpack(&archive, place.path(), &Limits::default()).unwrap();
     assert_eq!(fs::read(place.path().join("a")).unwrap(), b"1");
     let cut = &archive[..archive.len() - 2];
     let place = TempDir::new().unwrap();
-    unpack(file_of(cut), place.path(), &Limits::default(), &mut |_, _| {}).unwrap_err();
+    Layers::new(place.path(), &Limits::default())
+        .unwrap()
+        .add(file_of(cut), &digest(&layer), &mut |_, _| {})
+        .unwrap_err();
 }
 
 #[test]
@@ -465,13 +473,7 @@ fn sparse_files_and_long_names_are_as_gnu_tar_means_them() {
         assert!(made.status.success(), "{made:?}");
         assert!(made.stdout.len() < 200_000, "tar stored the holes");
         let place = TempDir::new().unwrap();
-        unpack(
-            file_of(&made.stdout),
-            place.path(),
-            &Limits::default(),
-            &mut |_, _| {},
-        )
-        .unwrap();
+        unpack(&made.stdout, place.path(), &Limits::default()).unwrap();
         let same = Command::new("diff")
             .args(["-r", "--no-dereference"])
             .args([source.path(), place.path()])

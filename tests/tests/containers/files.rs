@@ -185,9 +185,10 @@ fn a_container_becomes_an_image() {
         "committed:1",
         "sh",
         "-c",
-        "test -e /etc/motd || echo gone; echo $EXTRA",
+        "test -e /etc/motd || echo gone; echo $EXTRA; stat -c '%h %a' /usr/bin/perl /usr/bin/passwd",
     ]);
-    assert_eq!(inside, "gone\n1");
+    // What was built below it is whole: of two names there is one file, and who runs the other becomes root.
+    assert_eq!(inside, "gone\n1\n2 755\n1 4755");
     // An image that a container uses stays.
     let user = Container(told(&["create", "committed:1"]));
     let refusal = output(&["rmi", "committed:1"]);

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::Write;
-use std::process::Stdio;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use crate::fixtures::{App, archive, assert_same, docker_archive};
+use crate::fixtures::{App, CAPABILITY, archive, assert_same, docker_archive};
 use crate::{Mounted, Place, stderr, stdout, tool};
 
 #[test]
@@ -114,6 +115,148 @@ fn what_is_saved_is_read_by_skopeo_and_is_the_same_image() {
             .contains("no image named nothing")
     );
     assert!(fs::metadata(&saved).expect("untouched").len() > 0);
+}
+
+/// Panics if an image is not what the directory is that it was made of.
+fn assert_whole(store: &picovm_engine::Store, name: &str, app: &App) {
+    let mounted = Mounted::new(&store.image(name).expect("the image").file);
+    assert_same(mounted.path(), &app.expected);
+    let capable = mounted.path().join("bin/capable");
+    let mut value = [0; 64];
+    for (attribute, expected) in [("user.note", &b"kept"[..]), ("security.capability", &CAPABILITY)] {
+        let size = rustix::fs::getxattr(&capable, attribute, &mut value).expect("an attribute");
+        assert_eq!(&value[..size], expected, "{attribute}");
+    }
+}
+
+#[test]
+fn what_is_built_of_a_directory_is_saved_copied_and_loaded_with_all_that_is_in_it() {
+    let app = App::new();
+    fs::write(app.expected.join("etc/odd \n\u{e9}"), "odd").expect("a file");
+    let place = Place::new();
+    let tree = app.expected.display().to_string();
+    let id = place.ok(&["image", "build", "mine", &tree]);
+    assert!(id.starts_with("sha256:"), "{id}");
+    assert_eq!(place.ok(&["image", "build", "again", &tree]), id);
+    assert_eq!(place.ok(&["inspect", "-f", "{{.Id}}", "mine"]), id);
+    assert_eq!(
+        place.ok(&[
+            "inspect",
+            "-f",
+            "{{.Os}}/{{.Architecture}} {{len .RootFS.Layers}}",
+            "mine"
+        ]),
+        "linux/amd64 1"
+    );
+    let row = place.ok(&["images", "mine"]);
+    assert!(row.contains(&id[7..19]) && row.contains("ago"), "{row}");
+    let saved = place.path("saved.tar").display().to_string();
+    place.ok(&["save", "-o", &saved, "mine"]);
+
+    let same = |place: &Place, name: &str| assert_whole(&place.store(), name, &app);
+    same(&place, "mine");
+    let other = Place::new();
+    assert_eq!(other.ok(&["load", "-i", &saved]), "Loaded image: mine:latest");
+    assert_eq!(other.ok(&["inspect", "-f", "{{.Id}}", "mine"]), id);
+    same(&other, "mine");
+    // As other tools read it.
+    let third = Place::new();
+    let layout = third.path("layout").display().to_string();
+    for from in ["docker-archive", "oci-archive"] {
+        tool(
+            "skopeo",
+            &[
+                "copy",
+                "--quiet",
+                "--insecure-policy",
+                &format!("{from}:{saved}"),
+                &format!("oci:{layout}:localhost/{from}:1"),
+            ],
+        );
+    }
+    third.ok(&["load", "-i", &layout]);
+    for from in ["docker-archive", "oci-archive"] {
+        same(&third, &format!("localhost/{from}:1"));
+    }
+}
+
+#[test]
+fn a_user_makes_of_a_directory_of_others_the_image_that_root_makes() {
+    let (app, place) = (App::new(), Place::new());
+    let tree = app.expected.display().to_string();
+    let id = place.ok(&["image", "build", "mine", &tree]);
+    // All that another user needs, where it can be read.
+    let around = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| around.path().join(name);
+    let reachable = fs::Permissions::from_mode(0o755);
+    for directory in [around.path(), app.expected.parent().expect("a directory")] {
+        fs::set_permissions(directory, reachable.clone()).expect("a mode");
+    }
+    fs::copy(picovm_tests::binary(), at("picovm")).expect("the program");
+    fs::create_dir(at("store")).expect("a directory");
+    std::os::unix::fs::chown(at("store"), Some(65534), Some(65534)).expect("an owner");
+    let build = |source: &str| {
+        Command::new("setpriv")
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+            .arg(at("picovm"))
+            .args(["image", "build", "mine", source])
+            .env("PICOVM_HOME", at("store"))
+            .stdin(Stdio::null())
+            .output()
+            .expect("setpriv starts")
+    };
+    let built = build(&tree);
+    assert_eq!(stdout(&built), id, "{}", stderr(&built));
+    let store = picovm_engine::Store::open(&at("store")).expect("the store opens");
+    assert_whole(&store, "mine", &app);
+    // Files of others in an archive are only root's to make.
+    let archive = at("tree.tar").display().to_string();
+    tool("tar", &["-C", &tree, "-cf", &archive, "."]);
+    let refused = stderr(&build(&archive));
+    assert!(
+        refused.contains(&archive) && refused.contains("needs root"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn what_cannot_be_built_is_named_and_leaves_nothing() {
+    let place = Place::new();
+    let tree = place.path("tree");
+    fs::create_dir_all(tree.join("etc")).expect("a directory");
+    fs::write(tree.join("etc/.wh.passwd"), "").expect("a file");
+    let tree = tree.display().to_string();
+    let archive = place.path("tree.tar").display().to_string();
+    tool("tar", &["-C", &tree, "-cf", &archive, "."]);
+    for source in [&tree, &archive] {
+        let refused = place.refused(&["image", "build", "mine", source]);
+        assert!(
+            refused.contains(source) && refused.contains("etc/.wh.passwd"),
+            "{refused}"
+        );
+    }
+    assert_eq!(place.files(), Vec::<String>::new());
+}
+
+#[test]
+fn an_image_that_is_built_again_goes_unless_a_container_is_made_of_it() {
+    let place = Place::new();
+    let tree = place.path("tree");
+    fs::create_dir(&tree).expect("a directory");
+    let build = |content: &str| {
+        fs::write(tree.join("file"), content).expect("a file");
+        place.ok(&["image", "build", "mine", &tree.display().to_string()])
+    };
+    build("one");
+    let two = build("two");
+    assert_eq!(place.ok(&["images", "-q", "--no-trunc"]), two);
+    place.ok(&["create", "--name", "user", "mine", "file"]);
+    let three = build("three");
+    let images = place.ok(&["images", "-q", "--no-trunc"]);
+    assert!(images.contains(&two) && images.contains(&three), "{images}");
+    place.ok(&["rm", "user"]);
+    place.ok(&["prune", "--force"]);
+    assert_eq!(place.ok(&["images", "-q", "--no-trunc"]), three);
 }
 
 #[test]

@@ -3,9 +3,9 @@
 use picovm_engine::Store;
 use serde_json::json;
 
-use crate::fixtures::{App, archive, docker_archive};
+use crate::fixtures::{App, CAPABILITY, archive, docker_archive};
 use crate::registry::Registry;
-use crate::{Place, stderr, stdout};
+use crate::{Place, stderr, stdout, tool};
 
 #[test]
 fn a_container_runs_what_its_image_says_unless_its_user_says_otherwise() {
@@ -65,6 +65,52 @@ fn a_container_runs_what_its_image_says_unless_its_user_says_otherwise() {
         .expect("picovm starts");
     assert_eq!(output.status.code(), Some(125));
     assert!(stderr(&output).contains("picovm pull"), "{}", stderr(&output));
+}
+
+#[test]
+fn what_is_built_runs_in_another_store_and_what_is_committed_of_it_has_all_of_it() {
+    let app = App::new();
+    let at = |name: &str| app.expected.join(name);
+    // A name by which it is `grep`, and a capability for who has none.
+    std::fs::create_dir(at("srv/capable")).expect("a directory");
+    std::fs::copy("/bin/busybox", at("srv/capable/grep")).expect("busybox");
+    let flags = rustix::fs::XattrFlags::empty();
+    rustix::fs::setxattr(at("srv/capable/grep"), "security.capability", &CAPABILITY, flags)
+        .expect("a capability");
+    std::fs::write(at("srv/odd \u{e9}"), "odd").expect("a file");
+    // Not below /dev, which every container has of its own.
+    tool("mknod", &[&at("srv/device").display().to_string(), "c", "1", "5"]);
+    let place = Place::new();
+    place.ok(&["image", "build", "mine", &app.expected.display().to_string()]);
+    let saved = place.path("saved.tar").display().to_string();
+    place.ok(&["save", "-o", &saved, "mine"]);
+
+    let other = Place::new();
+    other.ok(&["load", "-i", &saved]);
+    let seen = |image: &str| {
+        let script = "stat -c '%h %a' /bin/cat /bin/as-root; stat -c '%t:%T %F' /srv/device; cat /srv/odd*; echo; \
+                      /srv/capable/grep CapEff /proc/self/status";
+        other.ok(&["run", "--rm", "-u", "1000", image, "/bin/sh", "-c", script])
+    };
+    let all = "9 755\n1 4755\n1:5 character special file\nodd\nCapEff:\t0000000000000400";
+    assert_eq!(seen("mine"), all);
+    other.ok(&[
+        "run",
+        "--name",
+        "changed",
+        "mine",
+        "/bin/sh",
+        "-c",
+        "echo new > /srv/new",
+    ]);
+    other.ok(&["commit", "changed", "more"]);
+    assert_eq!(seen("more"), all);
+    assert_eq!(other.ok(&["run", "--rm", "more", "/bin/cat", "/srv/new"]), "new");
+    assert_eq!(
+        other.ok(&["inspect", "-f", "{{len .RootFS.Layers}}", "more"]),
+        "2"
+    );
+    other.ok(&["rm", "changed"]);
 }
 
 #[test]
