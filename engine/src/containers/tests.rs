@@ -78,12 +78,12 @@ fn a_container_is_found_by_its_name_its_id_and_the_beginning_of_it() {
 fn a_name_is_free_again_when_its_container_is_gone_or_called_otherwise() {
     let (directory, containers) = containers();
     let first = containers.create(config(), Some("web")).unwrap();
-    let mut second = containers.create(config(), Some("db")).unwrap();
+    let mut second = containers.create(config(), Some("dbs")).unwrap();
     containers.remove(&first).unwrap();
     containers.rename(&mut second, "web").unwrap();
     assert_eq!(containers.find("web").unwrap().id(), second.id());
-    let third = containers.create(config(), Some("db")).unwrap();
-    assert_eq!(containers.find("db").unwrap().id(), third.id());
+    let third = containers.create(config(), Some("dbs")).unwrap();
+    assert_eq!(containers.find("dbs").unwrap().id(), third.id());
     // Who removes it may have found it by the name before.
     second.name = "cache".into();
     containers.remove(&second).unwrap();
@@ -104,17 +104,17 @@ fn what_a_killed_command_has_left_of_a_name_counts_for_nothing() {
     let links = directory.path().join("containers/.names");
     let made = containers.create(config(), Some("web")).unwrap();
     // Before the container was there; before the name was; of what is no container.
-    std::os::unix::fs::symlink(format!("../{}", Containers::new_id().unwrap()), links.join("db")).unwrap();
+    std::os::unix::fs::symlink(format!("../{}", Containers::new_id().unwrap()), links.join("dbs")).unwrap();
     std::os::unix::fs::symlink(format!("../{}", made.id()), links.join("cache")).unwrap();
     std::os::unix::fs::symlink("../../etc", links.join("etc")).unwrap();
     assert!(links.join("web").join(CONFIG).is_file());
-    for name in ["db", "cache", "etc", "..", ".names"] {
+    for name in ["dbs", "cache", "etc", "..", ".names"] {
         assert!(
             matches!(containers.find(name), Err(EngineError::NoContainer { .. })),
             "{name}"
         );
     }
-    for name in ["db", "cache", "etc"] {
+    for name in ["dbs", "cache", "etc"] {
         let taken = containers.create(config(), Some(name)).unwrap();
         assert_eq!(containers.find(name).unwrap().id(), taken.id());
     }
@@ -191,8 +191,8 @@ fn no_two_containers_have_one_name() {
     assert!(error.contains(first.id()), "{error}");
     let mut other = containers.create(config(), None).unwrap();
     assert!(containers.rename(&mut other, "web").is_err());
-    containers.rename(&mut other, "db").unwrap();
-    assert_eq!(containers.find("db").unwrap().id(), other.id());
+    containers.rename(&mut other, "dbs").unwrap();
+    assert_eq!(containers.find("dbs").unwrap().id(), other.id());
     assert_eq!(containers.list().unwrap().len(), 2);
 }
 
