@@ -336,12 +336,15 @@ pub(crate) fn program(
         Confinement::CallsLogged => Some("--seccomp=log"),
         Confinement::Unconfined => Some("--no-jail"),
     };
-    let mut command = Command::new(find_program()?);
+    let path = find_program()?;
+    let mut command = Command::new(&path);
     command
         .args(work)
         .args(confined)
         // What the caller has in its environment is no business of a process that a guest may take over.
         .env_clear()
+        // For what it starts itself.
+        .env(VMM_VARIABLE, std::path::absolute(&path).unwrap_or(path))
         .stdin(OwnedFd::from(control))
         .stdout(Stdio::null());
     Ok(command)

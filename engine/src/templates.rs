@@ -460,15 +460,17 @@ impl Store {
             .ok_or_else(|| EngineError::NoTemplate { id: id.to_owned() })
     }
 
-    /// Removes the template whose key begins with `id`, and its pool. Clones of it that run go on: they have its files open.
+    /// Removes the template whose key begins with `id`, and its pools. Clones of it that run go on: they have its files open.
     ///
     /// # Errors
     /// As [`Store::find_template`].
     pub fn remove_template(&self, id: &str) -> Result<StoredTemplate, EngineError> {
         let template = self.find_template(id)?;
-        self.pools().stop(&template.key)?;
-        let _lock = Lock::take(&self.templates_directory().join(format!("{}.lock", template.key)))?;
+        let lock = Lock::take(&self.templates_directory().join(format!("{}.lock", template.key)))?;
         store::remove(&template.path)?;
+        drop(lock);
+        // Last: none is begun for a template that is not there.
+        self.pools().stop_all_of(&template.key)?;
         Ok(template)
     }
 }

@@ -177,17 +177,45 @@ impl Cgroups {
     /// Hands controllers down from the top of the hierarchy to where ours are made, which is made, too.
     fn enable(&self) -> Result<(), JailError> {
         match &self.unified {
-            Some(directory) => until_it_stays(|| enable(&self.root, directory, &self.handed_down)),
+            Some(directory) => self.until_it_stays(|| enable(&self.root, directory, &self.handed_down)),
             None => Ok(()),
         }
+    }
+
+    /// Whether where ours are made is not as it is to be: another jailer, which removes what is empty, may do that at any moment, and
+    /// one that needs less may make it again.
+    fn is_undone(&self) -> bool {
+        self.unified.as_ref().is_some_and(|directory| {
+            let enabled = fs::read_to_string(directory.join("cgroup.subtree_control")).unwrap_or_default();
+            !directory.is_dir()
+                || !self
+                    .handed_down
+                    .iter()
+                    .all(|name| enabled.split_whitespace().any(|other| other == name))
+        }) || self.legacy.iter().any(|directory| !directory.is_dir())
+    }
+
+    /// Does what another jailer may undo until that does not happen.
+    fn until_it_stays<T>(&self, mut attempt: impl FnMut() -> Result<T, JailError>) -> Result<T, JailError> {
+        let mut result = attempt();
+        // Once more in any case: it may be as it should be again.
+        for tried in 0..ATTEMPTS {
+            if result.is_ok() || tried > 0 && !self.is_undone() {
+                break;
+            }
+            std::thread::yield_now();
+            result = attempt();
+        }
+        result
     }
 
     /// Makes one, with its limits. One of this name that nobody uses any more is replaced.
     pub(crate) fn create(&self, name: &str) -> Result<CgroupDirectory, JailError> {
         self.create_here(name).or_else(|_| {
-            // Where it was to be made was removed meanwhile, or made again by somebody who needs less.
-            until_it_stays(|| {
-                self.enable()?;
+            self.until_it_stays(|| {
+                if let Some(directory) = &self.unified {
+                    enable(&self.root, directory, &self.handed_down)?;
+                }
                 self.create_here(name)
             })
         })
@@ -286,17 +314,6 @@ impl<'a> Owner<'a> {
     }
 }
 
-/// Does what another jailer may undo at any moment, which removes what is empty, until that does not happen.
-fn until_it_stays<T>(mut attempt: impl FnMut() -> Result<T, JailError>) -> Result<T, JailError> {
-    for _ in 0..ATTEMPTS {
-        match attempt() {
-            Ok(done) => return Ok(done),
-            Err(_) => std::thread::yield_now(),
-        }
-    }
-    attempt()
-}
-
 /// Makes the directory `name` in `parent`, whatever is in its way.
 fn make(parent: &Path, name: &str) -> Result<PathBuf, JailError> {
     let path = parent.join(name);
@@ -305,9 +322,11 @@ fn make(parent: &Path, name: &str) -> Result<PathBuf, JailError> {
             Ok(()) => return Ok(path),
             // Who had this name before is gone, for the name is ours.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => remove(&path),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                until_it_stays(|| fs::create_dir_all(parent).map_err(host("make", parent)))?;
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::create_dir_all(parent) {
+                // Removed again between two looks at it.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => made.map_err(host("make", parent))?,
+            },
             Err(error) => return Err(host("make", &path)(error)),
         }
     }

@@ -17,7 +17,7 @@ use crate::output;
 const NOT_STARTED: std::ops::RangeInclusive<u8> = 125..=127;
 
 /// Environment variable: how long a pool stays unused that picovm has begun by itself; none is begun if it is 0.
-pub const POOL_IDLE_VARIABLE: &str = "PICOVM_POOL_IDLE";
+const POOL_IDLE_VARIABLE: &str = "PICOVM_POOL_IDLE";
 const POOL_IDLE: Duration = Duration::from_secs(300);
 
 /// The containers of a store, whose starts leave a pool behind for those that follow.

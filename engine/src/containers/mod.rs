@@ -99,7 +99,7 @@ impl Store {
 
 impl Containers {
     /// The same, whose containers leave a pool of one clone behind when they were started cold, for the starts that may follow: where
-    /// there is no pool of their template, and until no container has taken a clone for so long. At most eight of these stand at a time.
+    /// there is no pool of their template, and until no container has taken a clone for so long. None is begun while eight pools stand.
     #[must_use]
     pub fn with_pools(self, idle: Duration) -> Self {
         Self {

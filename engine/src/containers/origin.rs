@@ -43,12 +43,11 @@ impl Origin {
 
     /// The template.
     pub(super) fn template(&mut self) -> Result<&Template, EngineError> {
-        if self.opened.is_none() {
-            self.opened = Some(Template::open(&self.path)?);
-        }
-        self.opened.as_ref().ok_or_else(|| EngineError::NoTemplate {
-            id: self.path.display().to_string(),
-        })
+        let opened = match self.opened.take() {
+            Some(opened) => opened,
+            None => Template::open(&self.path)?,
+        };
+        Ok(self.opened.insert(opened))
     }
 }
 

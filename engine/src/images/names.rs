@@ -219,8 +219,9 @@ impl Store {
     fn remove_file(&self, digest: &str) -> Result<(), EngineError> {
         for template in self.templates()? {
             if template.image_digest().is_some_and(|of| of == digest) {
-                self.pools().stop(&template.key)?;
                 store::remove(&template.path)?;
+                // Last: none is begun for a template that is not there.
+                self.pools().stop_all_of(&template.key)?;
             }
         }
         store::remove(&self.image_file(digest))?;

@@ -3,16 +3,20 @@
 //!
 //! ```text
 //! pools/KEY/pool.json    what the pool is of; KEY is the template's
-//! pools/KEY/pool.sock    where it listens
+//! pools/KEY/pool.sock    where it listens, once it is full
 //! pools/KEY/lock         held by its process
+//! pools/KEY-CONTEXT/     the same of one that nobody has asked for
 //! ```
 //!
 //! A container that got its clone from a pool does not depend on the pool's process: its VMM process is a child of the pool's fork
 //! server, which goes on until the last of them has ended.
 //!
 //! A pool is asked for, and then stays until it is stopped; or one is begun for the starts that may follow, when a container was started
-//! cold ([`Containers::with_pools`](crate::containers::Containers::with_pools)). That one ends when no container has needed it for some time.
+//! cold ([`Containers::with_pools`](crate::containers::Containers::with_pools)). That one ends when no container has needed it for some time,
+//! and serves only who could have begun it as well (`context`): a container ends with the fork server of its pool, and that with all of
+//! its cgroup, so nobody gets a clone of one without having asked for it.
 
+mod context;
 mod process;
 
 use std::ffi::OsStr;
@@ -47,6 +51,8 @@ pub const KEEP_POOL: &str = "keep-pool";
 const SOCKET: &str = "pool.sock";
 const RECORD: &str = "pool.json";
 const LOCK: &str = "lock";
+/// Begins the name of a directory that is being removed.
+const ENDING: &str = ".ending-";
 
 /// Of what is said between processes below: a pool that speaks another gives no clone.
 const VERSION: u32 = 2;
@@ -54,6 +60,8 @@ const VERSION: u32 = 2;
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// How long one may take to end.
 const END_MAX: Duration = Duration::from_secs(10);
+/// How long one may take until it listens: see `process::PARKED_WITHIN`.
+const READY_MAX: Duration = Duration::from_secs(75);
 
 /// To a pool's process.
 #[derive(Debug, Serialize, Deserialize)]
@@ -74,7 +82,6 @@ enum FromPool {
     /// None is parked.
     None,
     Status {
-        pid: u32,
         size: u32,
         parked: u32,
         taken: u64,
@@ -91,7 +98,6 @@ struct Order {
     /// `pools/KEY`.
     directory: PathBuf,
     template: PathBuf,
-    size: u32,
     record: PoolRecord,
 }
 
@@ -105,12 +111,17 @@ struct PoolRecord {
     created: DateTime<Utc>,
     #[serde(default)]
     idle_seconds: Option<u64>,
+    /// Its process, and how many clones it was begun with.
+    #[serde(default)]
+    pid: u32,
+    #[serde(default)]
+    size: u32,
 }
 
 /// A standing pool.
 #[derive(Clone, Debug, Serialize)]
 pub struct StandingPool {
-    /// Its id: that of the template.
+    /// Its id: that of the template, and of one that nobody has asked for some digits more.
     pub id: String,
     /// The image's name, as it was when the pool was made.
     pub image: String,
@@ -128,7 +139,7 @@ pub struct StandingPool {
     pub pid: u32,
     /// How many clones it keeps.
     pub size: u32,
-    /// How many of them are parked.
+    /// How many of them are parked; none until it is full for the first time.
     pub parked: u32,
     /// How many containers it has given one.
     pub taken: u64,
@@ -152,11 +163,15 @@ fn failed(attempted: &'static str) -> impl FnOnce(io::Error) -> EngineError {
     EngineError::host(attempted)
 }
 
-/// Whether there is nobody to talk to.
+/// Whether there is nobody to talk to, or nobody any more.
 fn is_nobody(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+        io::ErrorKind::NotFound
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::UnexpectedEof
     )
 }
 
@@ -182,10 +197,15 @@ pub(crate) struct ParkedClone {
 }
 
 impl ParkedClone {
-    /// One of the pool of the template with this key; none if there is no pool, or none is parked.
+    /// One of a pool of the template with this key: of that which was asked for, or of this process's own; none if there is no pool, or
+    /// none is parked.
     pub(crate) fn take(store: &Store, key: &OsStr) -> Option<Self> {
-        let directory = store.pools_directory().join(key);
-        match ask(&directory, &ToPool::Take(VERSION)) {
+        let asked = store.pools_directory().join(key);
+        Self::take_of(&asked).or_else(|| Self::take_of(&unasked(store, key)?))
+    }
+
+    fn take_of(directory: &Path) -> Option<Self> {
+        match ask(directory, &ToPool::Take(VERSION)) {
             Ok((FromPool::Clone, descriptors)) => {
                 let [socket, share] = descriptors.try_into().ok()?;
                 Some(Self {
@@ -223,6 +243,14 @@ impl ParkedClone {
     }
 }
 
+/// Where the pool is that nobody has asked for, of the template with this key and for this process.
+fn unasked(store: &Store, key: &OsStr) -> Option<PathBuf> {
+    let mut name = key.to_owned();
+    name.push("-");
+    name.push(context::own()?);
+    Some(store.pools_directory().join(name))
+}
+
 /// Begins a pool of one clone for the starts that may follow a cold one, if there is none: in the background, for nobody waits for it.
 /// It ends when it was not needed for `idle`.
 pub(crate) fn begin_unasked(
@@ -234,10 +262,16 @@ pub(crate) fn begin_unasked(
     let Some(key) = template.file_name() else {
         return Ok(());
     };
+    if connect(&store.pools_directory().join(key)).is_ok() {
+        // It was just empty.
+        return Ok(());
+    }
+    let Some(directory) = unasked(store, key) else {
+        return Ok(());
+    };
     let order = Order {
-        directory: store.pools_directory().join(key),
+        directory,
         template: template.to_owned(),
-        size: 1,
         record: PoolRecord {
             image: config.image.clone(),
             memory_mib: config.memory_mib,
@@ -245,6 +279,8 @@ pub(crate) fn begin_unasked(
             parking: Parking::default(),
             created: Utc::now(),
             idle_seconds: Some(idle.as_secs().max(1)),
+            pid: 0,
+            size: 1,
         },
     };
     begin(&order).map(drop)
@@ -258,9 +294,10 @@ fn begin(order: &Order) -> Result<UnixStream, EngineError> {
         .stderr(Stdio::null())
         .spawn()
         .map_err(failed())?;
-    messages::send(&ours, order, &[]).map_err(failed())?;
-    // It has forked the one that stays.
+    let sent = messages::send(&ours, order, &[]);
+    // It forks the one that stays, and ends.
     process.wait().map_err(failed())?;
+    sent.map_err(failed())?;
     Ok(ours)
 }
 
@@ -270,8 +307,8 @@ impl Pools {
     }
 
     /// Makes a pool of `size` clones, 1 to [`POOL_MAX`], with its template if that is not there, and waits until they are parked. It
-    /// has a process of its own, which goes on after this one. If there is a pool of this template, it is given this size, and stays until
-    /// it is stopped.
+    /// has a process of its own, which goes on after this one. If there is a pool of this template already that was asked for, it is given
+    /// this size, and fills in the background.
     ///
     /// # Errors
     /// [`EngineError::PoolSize`], [`EngineError::NoVmm`], [`EngineError::Vmm`] if a clone cannot be parked; what [`Store::template`] says.
@@ -295,7 +332,6 @@ impl Pools {
         let order = Order {
             directory: self.directory(&id),
             template: template.path().to_owned(),
-            size: wanted,
             record: PoolRecord {
                 image: spec.image.shown(),
                 memory_mib: spec.memory_mib,
@@ -303,14 +339,27 @@ impl Pools {
                 parking,
                 created: Utc::now(),
                 idle_seconds: None,
+                pid: 0,
+                size: wanted,
             },
         };
-        let process = begin(&order)?;
-        match messages::receive(&process).map_err(failed("hear from a pool's process"))? {
-            Some((FromPool::Done, _)) => {}
-            Some((FromPool::Stands, _)) => self.request(&id, &ToPool::Resize(wanted))?,
-            Some((FromPool::Failed(reason), _)) => return Err(EngineError::Vmm(reason)),
-            _ => return Err(EngineError::Vmm("the pool's process has ended".into())),
+        let until = Instant::now() + READY_MAX;
+        loop {
+            let process = begin(&order)?;
+            match messages::receive(&process).map_err(failed("hear from a pool's process"))? {
+                Some((FromPool::Done, _)) => break,
+                Some((FromPool::Stands, _)) => match ask(&order.directory, &ToPool::Resize(wanted)) {
+                    Ok((FromPool::Failed(reason), _)) => return Err(EngineError::Vmm(reason)),
+                    Ok(_) => break,
+                    // It is not full yet, or has just ended.
+                    Err(error) if is_nobody(&error) && Instant::now() < until => {
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                    Err(error) => return Err(failed("ask a pool's process")(error)),
+                },
+                Some((FromPool::Failed(reason), _)) => return Err(EngineError::Vmm(reason)),
+                _ => return Err(EngineError::Vmm("the pool's process has ended".into())),
+            }
         }
         self.status(&id)?.ok_or(EngineError::NoPool { id })
     }
@@ -328,18 +377,26 @@ impl Pools {
         };
         let mut pools = Vec::new();
         for entry in entries.flatten() {
-            pools.extend(self.status(&entry.file_name().to_string_lossy())?);
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if !name.starts_with('.') {
+                pools.extend(self.status(&name)?);
+            }
         }
         pools.sort_by(|a, b| (&a.image, a.memory_mib, a.vcpus).cmp(&(&b.image, b.memory_mib, b.vcpus)));
         Ok(pools)
     }
 
-    /// Those that are meant: by the beginning of the id, or by the image's name.
+    /// Those that are meant: by the id or its beginning, or by the image's name.
     ///
     /// # Errors
     /// [`EngineError::NoPool`], and as [`Pools::list`].
     pub fn find(&self, name: &str) -> Result<Vec<StandingPool>, EngineError> {
         let mut pools = self.list()?;
+        // The id of one that was asked for begins those of the others of its template.
+        if let Some(index) = pools.iter().position(|pool| pool.id == name) {
+            return Ok(vec![pools.swap_remove(index)]);
+        }
         pools.retain(|pool| {
             let image = pool.image.as_str();
             !name.is_empty()
@@ -357,18 +414,19 @@ impl Pools {
     /// [`EngineError::Host`] if it does not end, [`EngineError::Store`].
     pub fn stop(&self, id: &str) -> Result<(), EngineError> {
         let directory = self.directory(id);
-        if !directory.is_dir() {
-            return Ok(());
-        }
-        let until = Instant::now() + END_MAX;
-        let _ = self.request(id, &ToPool::Stop);
-        let lock = loop {
+        let mut until = Instant::now() + READY_MAX;
+        while directory.is_dir() {
             match lock_of(&directory) {
-                Ok(Some(lock)) => break lock,
-                Ok(None) => {}
+                Ok(Some(lock)) => return clear(&directory, &lock),
                 // It has just ended by itself.
-                Err(_) if !directory.is_dir() => return Ok(()),
+                Err(_) if !directory.is_dir() => break,
                 Err(error) => return Err(error),
+                Ok(None) => {}
+            }
+            match ask(&directory, &ToPool::Stop) {
+                // It is not full yet, or has ended.
+                Err(error) if is_nobody(&error) => {}
+                _ => until = until.min(Instant::now() + END_MAX),
             }
             if Instant::now() >= until {
                 return Err(failed("wait for a pool's process to end")(
@@ -376,40 +434,46 @@ impl Pools {
                 ));
             }
             std::thread::sleep(Duration::from_millis(5));
-        };
-        let removed = store::remove(&directory);
-        drop(lock);
-        removed
+        }
+        Ok(())
     }
 
-    fn request(&self, id: &str, message: &ToPool) -> Result<(), EngineError> {
-        match ask(&self.directory(id), message) {
-            Ok((FromPool::Failed(reason), _)) => Err(EngineError::Vmm(reason)),
-            Ok(_) => Ok(()),
-            Err(error) => Err(failed("ask a pool's process")(error)),
+    /// Ends all pools of the template with this key.
+    pub(crate) fn stop_all_of(&self, key: &str) -> Result<(), EngineError> {
+        let entries = fs::read_dir(self.store.pools_directory());
+        for entry in entries.into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name
+                .strip_prefix(key)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+            {
+                self.stop(&name)?;
+            }
         }
+        Ok(())
     }
 
     /// One pool, if its process runs.
     fn status(&self, id: &str) -> Result<Option<StandingPool>, EngineError> {
         let directory = self.directory(id);
-        let (pid, size, parked, taken) = match ask(&directory, &ToPool::Status) {
-            Ok((
-                FromPool::Status {
-                    pid,
-                    size,
-                    parked,
-                    taken,
-                },
-                _,
-            )) => (pid, size, parked, taken),
+        let told = match ask(&directory, &ToPool::Status) {
+            Ok((FromPool::Status { size, parked, taken }, _)) => Some((size, parked, taken)),
             Ok(_) => return Ok(None),
-            Err(error) if is_nobody(&error) => return Ok(None),
+            // Whoever has its lock is about to fill it.
+            Err(error) if is_nobody(&error) => match lock_of(&directory) {
+                Ok(None) => None,
+                _ => return Ok(None),
+            },
             Err(error) => return Err(failed("ask a pool's process")(error)),
         };
         let path = directory.join(RECORD);
-        let bytes = fs::read(&path).map_err(EngineError::store("read", &path))?;
+        let bytes = match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            read => read.map_err(EngineError::store("read", &path))?,
+        };
         let record: PoolRecord = parse(&path, &bytes)?;
+        let (size, parked, taken) = told.unwrap_or((record.size, 0, 0));
         Ok(Some(StandingPool {
             id: id.to_owned(),
             image: record.image,
@@ -418,11 +482,30 @@ impl Pools {
             parking: record.parking,
             created: record.created,
             idle_seconds: record.idle_seconds,
-            pid,
+            pid: record.pid,
             size,
             parked,
             taken,
         }))
+    }
+}
+
+/// Removes the directory of a pool whose lock this is, as a whole: whoever waits for the lock finds that it is none any more.
+fn clear(directory: &Path, lock: &Lock) -> Result<(), EngineError> {
+    let (Some(parent), Some(name)) = (directory.parent(), directory.file_name()) else {
+        return Ok(());
+    };
+    // Another store may be there by now.
+    if !lock.is_of(&directory.join(LOCK)) {
+        return Ok(());
+    }
+    let gone = parent.join(format!("{ENDING}{}", name.display()));
+    store::remove(&gone)?;
+    match fs::rename(directory, &gone) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(EngineError::store("remove", directory)(error))
+        }
+        _ => store::remove(&gone),
     }
 }
 

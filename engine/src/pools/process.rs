@@ -1,7 +1,9 @@
 //! The process of a standing pool: it keeps its clones, and answers who asks for one.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -9,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 
-use super::{ANSWER_MAX, FromPool, Order, PoolRecord, RECORD, SOCKET, ToPool, VERSION, failed};
+use super::{ANSWER_MAX, ENDING, FromPool, Order, PoolRecord, RECORD, SOCKET, ToPool, VERSION, failed};
 use crate::confinement::Confinement;
 use crate::error::EngineError;
 use crate::messages;
@@ -82,7 +84,7 @@ struct Keeper {
     /// When it was last asked for a clone, or begun.
     used: Instant,
     refill_at: Option<Instant>,
-    _lock: Lock,
+    lock: Lock,
 }
 
 /// Whether a pool goes on.
@@ -98,29 +100,61 @@ impl Keeper {
         let Order {
             directory,
             template,
-            size,
-            record,
+            mut record,
         } = order;
+        // Removed meanwhile, perhaps with all of the store, which is not to come back.
+        let is_there = || match template.is_dir() {
+            true => Ok(()),
+            false => Err(EngineError::NoTemplate {
+                id: template.display().to_string(),
+            }),
+        };
+        is_there()?;
         if record.idle_seconds.is_some() && standing_beside(&directory) >= UNASKED_MAX {
             return Ok(None);
         }
         let Some(lock) = Self::lock(&directory)? else {
             return Ok(None);
         };
-        match Self::fill(directory.clone(), template, size as usize, record, lock) {
-            Ok(keeper) => Ok(Some(keeper)),
+        record.pid = std::process::id();
+        // Who removes the template stops its pools then: those that he can see.
+        let filled = Self::fill(&directory, &template, &record).and_then(|filled| is_there().map(|()| filled));
+        match filled {
+            Ok((pool, listener, removals)) => Ok(Some(Self {
+                directory,
+                template,
+                record,
+                pool,
+                listener,
+                removals,
+                taken: 0,
+                used: Instant::now(),
+                refill_at: None,
+                lock,
+            })),
             Err(error) => {
-                // With its lock, which nobody has had a use for.
-                let _ = store::remove(&directory);
+                let _ = super::clear(&directory, &lock);
                 Err(error)
             }
         }
     }
 
+    /// Makes its directory, unless there is no store any more, and takes its lock; `None` if somebody else has it.
     fn lock(directory: &Path) -> Result<Option<Lock>, EngineError> {
+        // Who takes a clone runs what he likes in it.
+        let make = |directory: &Path| match fs::DirBuilder::new().mode(0o700).create(directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(EngineError::store("create", directory)(error))
+            }
+            _ => Ok(()),
+        };
+        if let Some(all) = directory.parent() {
+            make(all)?;
+            // What was killed while it removed one has left.
+            store::remove_leftovers(all, ENDING);
+        }
         loop {
-            // Who takes a clone runs what he likes in it.
-            store::make_private(directory)?;
+            make(directory)?;
             match super::lock_of(directory) {
                 // One that ended at this moment has removed it.
                 Err(_) if !directory.is_dir() => {}
@@ -129,23 +163,20 @@ impl Keeper {
         }
     }
 
+    /// Parks its clones, and listens when all are.
     fn fill(
-        directory: PathBuf,
-        template: PathBuf,
-        size: usize,
-        record: PoolRecord,
-        lock: Lock,
-    ) -> Result<Self, EngineError> {
-        let json = serde_json::to_vec_pretty(&record)
-            .map_err(|error| EngineError::store("write", &directory)(error.into()))?;
+        directory: &Path,
+        template: &Path,
+        record: &PoolRecord,
+    ) -> Result<(Pool, UnixListener, OwnedFd), EngineError> {
+        let json = serde_json::to_vec_pretty(record)
+            .map_err(|error| EngineError::store("write", directory)(error.into()))?;
         store::replace(&directory.join(RECORD), &json)?;
-        let mut pool = Pool::of(&template, size, record.parking, Confinement::Jailed)?;
+        let size = record.size as usize;
+        let mut pool = Pool::of(template, size, record.parking, Confinement::Jailed)?;
         let (each, least) = PARKED_WITHIN;
-        let within = each
-            .saturating_mul(u32::try_from(size).unwrap_or(u32::MAX))
-            .max(least);
-        pool.wait_until_full(within)?;
-        let opened = File::open(&directory).map_err(EngineError::store("open", &directory))?;
+        pool.wait_until_full(each.saturating_mul(record.size).max(least))?;
+        let opened = File::open(directory).map_err(EngineError::store("open", directory))?;
         let path = store::socket_path(&opened, SOCKET);
         // Of one that was killed.
         store::remove(&path)?;
@@ -153,34 +184,22 @@ impl Keeper {
             UnixListener::bind(&path).map_err(EngineError::store("listen at", &directory.join(SOCKET)))?;
         let watch = || {
             let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-            inotify::add_watch(&watch, &directory, inotify::WatchFlags::DELETE)?;
+            inotify::add_watch(&watch, directory, inotify::WatchFlags::DELETE)?;
             Ok(watch)
         };
         let removals = watch()
-            .map_err(|error: rustix::io::Errno| EngineError::store("watch", &directory)(error.into()))?;
-        Ok(Self {
-            directory,
-            template,
-            record,
-            pool,
-            listener,
-            removals,
-            taken: 0,
-            used: Instant::now(),
-            refill_at: None,
-            _lock: lock,
-        })
+            .map_err(|error: rustix::io::Errno| EngineError::store("watch", directory)(error.into()))?;
+        Ok((pool, listener, removals))
     }
 
     /// Serves it until it is told to end, nobody needs it any more, or it cannot go on.
     fn serve(&mut self) {
         let told_to = self.answer_all();
-        // Who has told it to end removes the rest.
-        let rest = match told_to {
-            true => self.directory.join(SOCKET),
-            false => self.directory.clone(),
+        // Who has told it to end waits for that, and removes the rest.
+        let _ = match told_to {
+            true => store::remove(&self.directory.join(SOCKET)),
+            false => super::clear(&self.directory, &self.lock),
         };
-        let _ = store::remove(&rest);
     }
 
     /// When it ends, as no container has needed it.
@@ -243,18 +262,6 @@ impl Keeper {
         !self.directory.join(SOCKET).exists()
     }
 
-    /// Makes it one that was asked for, of this size.
-    fn resize(&mut self, size: u32) -> Result<(), EngineError> {
-        self.pool.resize(size as usize)?;
-        if self.record.idle_seconds.take().is_some() {
-            let path = self.directory.join(RECORD);
-            let json = serde_json::to_vec_pretty(&self.record)
-                .map_err(|error| EngineError::store("write", &path)(error.into()))?;
-            store::replace(&path, &json)?;
-        }
-        Ok(())
-    }
-
     /// Forks what is missing; if the fork server has ended, by a new one.
     fn refill(&mut self) -> Result<(), EngineError> {
         if self.pool.refill().is_ok() {
@@ -286,13 +293,12 @@ impl Keeper {
             ToPool::Status => {
                 self.pool.look();
                 FromPool::Status {
-                    pid: std::process::id(),
                     size: u32::try_from(self.pool.size()).unwrap_or(u32::MAX),
                     parked: u32::try_from(self.pool.parked()).unwrap_or(u32::MAX),
                     taken: self.taken,
                 }
             }
-            ToPool::Resize(size) => match self.resize(*size) {
+            ToPool::Resize(size) => match self.pool.resize(*size as usize) {
                 Ok(()) => FromPool::Done,
                 Err(error) => FromPool::Failed(error.to_string()),
             },

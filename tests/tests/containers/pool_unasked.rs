@@ -47,11 +47,37 @@ impl Place {
         )
     }
 
+    /// What the pools say of themselves.
+    fn pools(&self) -> Vec<Value> {
+        serde_json::from_str(&self.told("0", &["pool", "ls", "--json"])).unwrap()
+    }
+
     /// What the only pool says of itself.
     fn seen(&self) -> Value {
-        let list: Value = serde_json::from_str(&self.told("0", &["pool", "ls", "--json"])).unwrap();
-        assert!(list.as_array().unwrap().len() < 2, "{list}");
-        list.get(0).cloned().unwrap_or(Value::Null)
+        let mut list = self.pools();
+        assert!(list.len() < 2, "{list:?}");
+        list.pop().unwrap_or(Value::Null)
+    }
+
+    /// The processes that work for its pools, but for those that keep them.
+    fn processes(&self) -> Vec<u32> {
+        let store = self.0.path().to_str().unwrap();
+        let all = std::fs::read_dir("/proc").unwrap().flatten();
+        let ids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        ids.filter(|id: &u32| {
+            let line = std::fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            line.contains("picovm-vmm") && line.contains(store)
+        })
+        .collect()
+    }
+
+    /// Nothing is left of its pools.
+    fn until_none(&self) {
+        until(
+            || self.directories().is_empty() && self.processes().is_empty(),
+            || format!("left are {:?} and {:?}", self.directories(), self.processes()),
+        );
     }
 
     fn until_parked(&self) {
@@ -71,6 +97,12 @@ impl Place {
             .flatten()
             .map(|entry| entry.path())
             .collect()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = self.output("0", &["pool", "stop", "--all"]);
     }
 }
 
@@ -142,11 +174,20 @@ fn a_container_that_goes_on_has_one_begun_meanwhile_and_is_its_parent_no_longer(
 #[test]
 fn it_ends_when_no_container_has_needed_it_and_containers_go_on() {
     let place = Place::new();
-    place.run("3s", &[], &["true"]);
+    place.run("12s", &[], &["true"]);
     place.until_parked();
-    let processes = family(place.process());
-    assert_eq!(processes.len(), 3 + 1, "one parked, and one ahead: {processes:?}");
-    let id = place.told("3s", &["run", "-d", "debian", "sleep", "1000"]);
+    let processes = || family(place.process());
+    until(
+        || processes().len() == 4,
+        || {
+            format!(
+                "its own, a fork server, one parked, and one ahead: {:?}",
+                processes()
+            )
+        },
+    );
+    let processes = processes();
+    let id = place.told("12s", &["run", "-d", "debian", "sleep", "1000"]);
     assert_eq!(place.seen()["taken"], 1);
     until(|| place.seen().is_null(), || format!("it is {}", place.seen()));
     until(
@@ -170,6 +211,17 @@ fn many_that_start_cold_at_once_leave_one() {
         assert_eq!(stdout(&child.wait_with_output().unwrap()), "one of many");
     }
     place.until_parked();
+    // Those that came too late have ended.
+    let family = || family(place.process());
+    let strangers = || {
+        let mut others = place.processes();
+        others.retain(|process| !family().contains(process));
+        others
+    };
+    until(
+        || family().len() == 4 && strangers().is_empty(),
+        || format!("beside {:?} there are {:?}", family(), strangers()),
+    );
     assert_eq!(place.directories().len(), 1);
 }
 
@@ -179,9 +231,11 @@ fn none_is_begun_where_it_would_be_of_no_use() {
     place.run("0", &[], &["true"]);
     place.run("10m", &["--isolate-memory"], &["true"]);
     place.run("10m", &["--storage", "size=64m"], &["true"]);
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert!(place.directories().is_empty(), "{:?}", place.directories());
     let started = place.output("10m", &["run", "debian", "/no/such/program"]);
     assert_eq!(started.status.code(), Some(127));
-    // That one was a cold start as any other, and its pool comes when it has ended; those before had none.
+    // That one was a cold start as any other.
     place.until_parked();
     assert_eq!(place.seen()["taken"], 0);
     let refused = place.output("soon", &["run", "--rm", "debian", "true"]);
@@ -194,17 +248,83 @@ fn none_is_begun_where_it_would_be_of_no_use() {
 }
 
 #[test]
-fn who_asks_for_it_keeps_it() {
+fn one_that_was_asked_for_comes_first_and_is_another() {
     let place = Place::new();
-    place.run("2s", &[], &["true"]);
+    place.run("10m", &[], &["true"]);
     place.until_parked();
-    let process = place.process();
-    place.told("0", &["pool", "start", "--size", "2", "debian"]);
-    std::thread::sleep(std::time::Duration::from_secs(4));
-    assert_eq!(place.process(), process);
-    assert!(place.seen()["idle_seconds"].is_null());
+    let unasked = place.seen()["id"].as_str().unwrap().to_owned();
+    let asked = place.told("0", &["pool", "start", "--size", "1", "debian"]);
+    assert!(unasked.starts_with(&format!("{asked}-")), "{unasked} and {asked}");
+    let taken = |id: &str| {
+        let pools = place.pools();
+        let pool = pools.iter().find(|pool| pool["id"] == id);
+        pool.map(|pool| pool["taken"].as_u64().unwrap())
+    };
+    place.run("10m", &[], &["true"]);
+    assert_eq!((taken(&asked), taken(&unasked)), (Some(1), Some(0)));
+    // While it is there and empty, the other helps out.
+    place.told("0", &["pool", "stop", &asked]);
+    place.run("10m", &[], &["true"]);
+    assert_eq!((taken(&asked), taken(&unasked)), (None, Some(1)));
+}
+
+#[test]
+fn it_serves_only_who_could_have_begun_it() {
+    let place = Place::new();
+    place.run("10m", &[], &["true"]);
+    place.until_parked();
+    let mut otherwise = Command::new("nice");
+    otherwise
+        .args(["-n", "5"])
+        .arg(picovm_tests::binary())
+        .args(["run", "--rm", "debian", "nice"])
+        .env("PICOVM_HOME", place.0.path())
+        .env("PICOVM_POOL_IDLE", "10m");
+    let ended = otherwise.output().unwrap();
+    assert_eq!(stdout(&ended), "0", "{}", stderr(&ended));
+    assert_eq!(place.pools()[0]["taken"], 0);
+    until(
+        || place.directories().len() == 2,
+        || format!("{:?}", place.directories()),
+    );
+    let taken = || {
+        place
+            .pools()
+            .iter()
+            .map(|pool| pool["taken"].as_u64().unwrap())
+            .sum::<u64>()
+    };
+    until(
+        || place.pools().iter().all(|pool| pool["parked"] == 1),
+        || format!("{:?}", place.pools()),
+    );
+    place.run("10m", &[], &["true"]);
+    assert_eq!(taken(), 1);
+}
+
+#[test]
+fn one_that_is_just_begun_can_be_stopped_and_does_not_bring_a_store_back() {
+    let place = Place::new();
+    place.run("10m", &[], &["true"]);
+    place.told("0", &["rmi", "debian"]);
+    place.until_none();
+
+    let place = Place::new();
+    place.run("10m", &[], &["true"]);
+    place.told("0", &["pool", "start", "--size", "1", "debian"]);
     place.told("0", &["pool", "stop", "--all"]);
-    assert!(place.directories().is_empty());
+    place.until_none();
+
+    let place = Place::new();
+    place.run("10m", &[], &["true"]);
+    // What is made in it meanwhile may be in the way.
+    until(
+        || std::fs::remove_dir_all(place.0.path()).is_ok() || !place.0.path().exists(),
+        || "the store cannot be removed".into(),
+    );
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    place.until_none();
+    assert!(!place.0.path().exists());
 }
 
 #[test]
@@ -241,8 +361,14 @@ fn one_more_than_eight_is_not_begun() {
     // One that was killed does not count.
     listening.pop();
     place.run("10m", &[], &["true"]);
+    let full = || {
+        place
+            .directories()
+            .iter()
+            .all(|pool| pool.join("pool.sock").exists())
+    };
     until(
-        || place.directories().len() == 9,
+        || place.directories().len() == 9 && full(),
         || format!("{:?}", place.directories()),
     );
 }
