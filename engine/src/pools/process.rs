@@ -118,7 +118,8 @@ impl Keeper {
         };
         record.pid = std::process::id();
         // Who removes the template stops its pools then: those that he can see.
-        let filled = Self::fill(&directory, &template, &record).and_then(|filled| is_there().map(|()| filled));
+        let filled =
+            Self::fill(&directory, &template, &record).and_then(|filled| is_there().map(|()| filled));
         match filled {
             Ok((pool, listener, removals)) => Ok(Some(Self {
                 directory,

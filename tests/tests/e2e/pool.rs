@@ -58,15 +58,17 @@ impl Started {
 
 /// Fork servers and VMM processes that there are: id and parent's id.
 pub fn vmm_processes() -> Vec<(i32, i32)> {
+    // Not those of a picovm that is installed here and has its pools.
+    let own = picovm_tests::binary()
+        .with_file_name("picovm-vmm")
+        .canonicalize()
+        .unwrap();
     let describe = |entry: std::fs::DirEntry| {
         let pid = entry.file_name().to_string_lossy().parse().ok()?;
-        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
-        let program = line.split(|&byte| byte == 0).next()?;
+        let program = std::fs::read_link(entry.path().join("exe")).ok()?;
         let status = std::fs::read_to_string(entry.path().join("status")).ok()?;
         let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-        program
-            .ends_with(b"picovm-vmm")
-            .then_some((pid, parent.trim().parse().ok()?))
+        (program == own).then_some((pid, parent.trim().parse().ok()?))
     };
     std::fs::read_dir("/proc")
         .unwrap()
