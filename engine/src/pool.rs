@@ -267,7 +267,8 @@ impl Pool {
             };
             // A parked clone whose process was killed: the next one will do.
             if send_start(&vmm.socket, options, streams)? {
-                return Ok(RunningContainer::of_pool(vmm.socket, self.server.clone()));
+                let Waiting { socket, parked } = vmm;
+                return Ok(RunningContainer::of_pool(socket, parked, self.server.clone()));
             }
         }
     }

@@ -115,12 +115,12 @@ impl RunningContainer {
     }
 
     /// One that was started in a VMM process of a pool.
-    pub(crate) fn of_pool(socket: UnixStream, server: Arc<Server>) -> Self {
+    pub(crate) fn of_pool(socket: UnixStream, share: Option<OwnedFd>, server: Arc<Server>) -> Self {
         Self {
             socket,
             parent: Parent::Server(server),
             _share: None,
-            no_share: None,
+            no_share: share,
         }
     }
 

@@ -187,6 +187,10 @@ impl Fs {
         used: &mut [bool; SIZES.len()],
     ) -> Result<bool, DeviceError> {
         for _ in 0..queue::BATCH {
+            // Where nothing was asked there is nothing to look for: on the start of a machine not even room for it.
+            if self.under_way.is_empty() {
+                return Ok(false);
+            }
             let Some(reply) = self.backend.receive() else {
                 if self.backend.descriptor().is_none() {
                     self.fail_all(queues, memory, used)?;
