@@ -383,8 +383,8 @@ impl Containers {
         Ok(())
     }
 
-    /// Starts a container that does not run, in a clone of this template, which is that of its image and machine. Its monitor is a
-    /// `fork(2)` of this process, which has to have one thread. Returns a connection with it, on which the container's streams are
+    /// Starts a container that does not run, in what [`Containers::origin`] or [`Containers::warm_origin`] has found for it. Its monitor is
+    /// a `fork(2)` of this process, which has to have one thread. Returns a connection with it, on which the container's streams are
     /// attached as `attachment` says, and that tells of its start and end; none if it runs already.
     ///
     /// # Errors

@@ -1,7 +1,6 @@
 //! What a process and all that it forks have in common: a clone that is parked by one who has none of that would be another's.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 
 use rustix::process::{Resource, getpriority_process, getrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity};
@@ -17,11 +16,10 @@ const LIMITS: [Resource; 6] = [
 ];
 
 /// What tells this process's circumstances from others', as digits: who it is, which program, its cgroup, which ends it together with
-/// others, its namespaces of users and mounts, its CPUs, its priority, and what ends or limits it. `None` where that cannot be
+/// others, its namespace of users, its CPUs, its priority, and what ends or limits it. `None` where that cannot be
 /// found out.
 pub(super) fn own() -> Option<String> {
     let read = |name: &str| std::fs::read(format!("/proc/self/{name}"));
-    let namespace = |name: &str| std::fs::read_link(PathBuf::from("/proc/self/ns").join(name));
     let program = std::fs::metadata("/proc/self/exe").ok()?;
     let cpus = sched_getaffinity(None).ok()?;
     let cpus: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| cpus.is_set(*cpu)).collect();
@@ -37,7 +35,7 @@ pub(super) fn own() -> Option<String> {
             ),
             read("cgroup").ok()?,
             read("oom_score_adj").ok()?,
-            (namespace("user").ok()?, namespace("mnt").ok()?),
+            std::fs::read_link("/proc/self/ns/user").ok()?,
             cpus,
             getpriority_process(None).ok()?,
             LIMITS.map(getrlimit),

@@ -101,7 +101,7 @@ fn the_start_that_follows_goes_on_in_a_clone_that_is_parked() {
         let pools = list.as_array().unwrap().clone();
         pools
             .into_iter()
-            .find(|pool| pool["id"] == key)
+            .find(|pool| pool["id"].as_str().unwrap().starts_with(key))
             .unwrap_or_default()
     };
     let parked = || until(|| pool()["parked"] == 1, || format!("it is {}", pool()));

@@ -58,7 +58,8 @@ impl Started {
 
 /// Fork servers and VMM processes that there are: id and parent's id.
 pub fn vmm_processes() -> Vec<(i32, i32)> {
-    // Not those of a picovm that is installed here and has its pools.
+    // Not those of a picovm that is installed here and has its pools; but those of copies that tests make.
+    let copies = std::env::temp_dir();
     let own = picovm_tests::binary()
         .with_file_name("picovm-vmm")
         .canonicalize()
@@ -68,7 +69,8 @@ pub fn vmm_processes() -> Vec<(i32, i32)> {
         let program = std::fs::read_link(entry.path().join("exe")).ok()?;
         let status = std::fs::read_to_string(entry.path().join("status")).ok()?;
         let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-        (program == own).then_some((pid, parent.trim().parse().ok()?))
+        let is_ours = program == own || program.starts_with(&copies) && program.ends_with("picovm-vmm");
+        is_ours.then_some((pid, parent.trim().parse().ok()?))
     };
     std::fs::read_dir("/proc")
         .unwrap()
