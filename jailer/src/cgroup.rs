@@ -185,14 +185,10 @@ impl Cgroups {
     /// Whether where ours are made is not as it is to be: another jailer, which removes what is empty, may do that at any moment, and
     /// one that needs less may make it again.
     fn is_undone(&self) -> bool {
-        self.unified.as_ref().is_some_and(|directory| {
-            let enabled = fs::read_to_string(directory.join("cgroup.subtree_control")).unwrap_or_default();
-            !directory.is_dir()
-                || !self
-                    .handed_down
-                    .iter()
-                    .all(|name| enabled.split_whitespace().any(|other| other == name))
-        }) || self.legacy.iter().any(|directory| !directory.is_dir())
+        self.unified
+            .as_ref()
+            .is_some_and(|directory| !directory.is_dir() || !hands_down(directory, &self.handed_down))
+            || self.legacy.iter().any(|directory| !directory.is_dir())
     }
 
     /// Does what another jailer may undo until that does not happen.
@@ -395,6 +391,15 @@ impl Drop for CgroupDirectory {
     }
 }
 
+/// Whether what is made in this directory has all of these controllers.
+fn hands_down(directory: &Path, controllers: &[String]) -> bool {
+    let enabled = fs::read_to_string(directory.join("cgroup.subtree_control")).unwrap_or_default();
+    controllers
+        .iter()
+        .all(|name| enabled.split_whitespace().any(|other| other == name))
+}
+
+/// Hands controllers down from the top of the hierarchy to a directory, which is made.
 fn enable(root: &Path, directory: &Path, controllers: &[String]) -> Result<(), JailError> {
     fs::create_dir_all(directory).map_err(host("make", directory))?;
     let wanted: String = controllers.iter().map(|name| format!("+{name} ")).collect();
@@ -405,14 +410,10 @@ fn enable(root: &Path, directory: &Path, controllers: &[String]) -> Result<(), J
     let mut here = root.to_owned();
     for part in std::iter::once(Path::new("")).chain(below.iter().map(Path::new)) {
         here.push(part);
-        let file = here.join("cgroup.subtree_control");
-        let enabled = fs::read_to_string(&file).unwrap_or_default();
-        if controllers
-            .iter()
-            .all(|name| enabled.split_whitespace().any(|other| other == name))
-        {
+        if hands_down(&here, controllers) {
             continue;
         }
+        let file = here.join("cgroup.subtree_control");
         fs::write(&file, &wanted).map_err(host(&format!("write {wanted} to"), &file))?;
     }
     Ok(())
